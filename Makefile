@@ -1,0 +1,56 @@
+# POSIX tools only: python3, make and git are all a fresh machine needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch's CPU build is looked for before PyPI. Empty: PyPI only (on Linux x86-64 that is the CUDA build).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.scaledown-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup base-models demo test lint format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+setup: $(STAMP) base-models ## create .venv with everything in it and fetch the demo's base models
+
+# Runs again only when what is to be installed changes. The stamp is written last: an interrupted set-up starts over.
+# torch comes first and alone, from an index that holds only CPU builds. No retries and a short timeout: where that
+# index cannot be reached (a mirror of PyPI only) a few seconds are lost and torch comes from the ordinary index.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "ScaleDown needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (first time: a few minutes)"
+	@if test -n "$(TORCH_INDEX)" && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+		$(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 15 \
+			--index-url $(TORCH_INDEX) --constraint constraints.txt torch 2>/dev/null || \
+		echo "$(TORCH_INDEX) does not answer: taking torch from the ordinary index"; \
+	fi
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[training,dev]'
+	@touch $@
+
+base-models: $(STAMP)
+	@$(BIN)/python -c 'from core.base_models import resolve_base_model as get; get("smollm2-135m"); get("minilm-l6")'
+
+demo: setup ## start the service on a fresh or the shipped checkpoint, ask one question in three modes, stop it
+	@$(BIN)/python -m service.demo
+
+test: setup ## set up, then types, lint, format and the whole test suite
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## types, lint and format only
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean: ## remove the environment and the tools' caches, not the base models
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

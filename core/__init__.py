@@ -1,0 +1,1 @@
+"""Compressors, generator, checkpoint format and the pipeline from passages to an answer. Knows no HTTP."""

@@ -1,0 +1,1 @@
+"""The HTTP service around `core`. Knows nothing about training."""

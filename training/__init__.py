@@ -1,0 +1,1 @@
+"""Data, losses, training loop and evaluation of what `service` serves. Knows nothing about HTTP."""
