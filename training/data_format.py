@@ -1,0 +1,281 @@
+"""The project's data format: one JSON object a line, and what is done about lines that are not.
+
+    {"id": str, "query": str, "passages": [{"text": str, "title"?: str, "id"?: str, "relevance"?: float}],
+     "answers": [str, ...], "teacher_answer"?: str}
+
+Files that end in .gz are read and written compressed. Does not know where rows come from or what they are for.
+"""
+
+import gzip
+import io
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO, TypeVar, cast
+
+from core.errors import ScaledownError
+
+T = TypeVar("T")
+ProblemKind = Literal["broken line", "missing field", "wrong type", "empty", "duplicate id", "over-long passage"]
+SHOWN_PER_KIND = 5
+
+
+class DataError(ScaledownError):
+    """A data file cannot be used as it stands; the message names the file, the line and the field."""
+
+    code = "data"
+
+
+class RowError(ValueError):
+    """One row is bad; `kind` is counted, the message says which field."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class RowPassage:
+    """A passage of a row. `relevance`: 1 gold, 0 negative, or a teacher reranker's score; None: not known."""
+
+    text: str
+    title: str = ""
+    id: str | None = None
+    relevance: float | None = None
+
+    @property
+    def content(self) -> str:
+        """Title and text as the compressor sees them."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question with its passages; `answers[0]` is the gold answer, `teacher_answer` replaces it in training."""
+
+    id: str
+    query: str
+    passages: tuple[RowPassage, ...]
+    answers: tuple[str, ...]
+    teacher_answer: str | None = None
+
+    @property
+    def target(self) -> str:
+        """What the generator learns to say: the teacher's answer if there is one, else the first gold answer."""
+        return self.answers[0] if self.teacher_answer is None else self.teacher_answer
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPolicy:
+    """What is done about bad rows: `skip` counts them, `refuse` raises at the first one.
+
+    max_passage_chars    a passage over this many characters makes its row bad
+    need_answer          a row without a gold answer or a teacher's answer is bad
+    """
+
+    on_problem: Literal["skip", "refuse"] = "skip"
+    max_passage_chars: int = 20_000
+    need_answer: bool = True
+
+
+@dataclass
+class ReadReport:
+    """How many lines were read and kept, and the line numbers of the rest by kind of problem."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    lines: dict[ProblemKind, list[int]] = field(default_factory=dict)
+    examples: dict[ProblemKind, str] = field(default_factory=dict)
+
+    def add(self, line: int, error: RowError) -> None:
+        self.lines.setdefault(error.kind, []).append(line)
+        self.examples.setdefault(error.kind, str(error))
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter({kind: len(lines) for kind, lines in self.lines.items()})
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.kept} of {self.read} rows kept"
+        for kind, lines in sorted(self.lines.items()):
+            shown = ", ".join(map(str, lines[:SHOWN_PER_KIND])) + (", ..." if len(lines) > SHOWN_PER_KIND else "")
+            text += f"\n  {len(lines)} x {kind} (line {shown}): {self.examples[kind]}"
+        return text
+
+
+def open_writer(path: Path) -> TextIO:
+    """Open for UTF-8 text, through gzip when the name ends in .gz; no time stamp in it: equal rows, equal bytes."""
+    if path.suffix != ".gz":
+        return path.open("w", encoding="utf-8", newline="\n")
+    return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8", newline="\n")
+
+
+def parse_string(values: dict[str, Any], name: str, *, where: str = "", optional: bool = False) -> str:
+    """The non-empty string `values[name]`; `where` is put before the name in messages. Raises RowError."""
+    label = f"{where}{name}"
+    if values.get(name) is None:
+        if optional:
+            return ""
+        raise RowError("missing field", f"{label} is missing")
+    value = values[name]
+    if not isinstance(value, str):
+        raise RowError("wrong type", f"{label} must be a string, not {type(value).__name__}")
+    if not value.strip() and not optional:
+        raise RowError("empty", f"{label} is empty")
+    return value
+
+
+def parse_list(values: dict[str, Any], name: str) -> list[Any]:
+    """The list `values[name]`. Raises RowError."""
+    if values.get(name) is None:
+        raise RowError("missing field", f"{name} is missing")
+    if not isinstance(values[name], list):
+        raise RowError("wrong type", f"{name} must be a list, not {type(values[name]).__name__}")
+    return cast(list[Any], values[name])
+
+
+def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
+    """A passage from plain JSON: an object, or a string that is its text. Raises RowError."""
+    if isinstance(values, str):
+        values = {"text": values}
+    if not isinstance(values, dict):
+        raise RowError("wrong type", f"{where} must be an object")
+    text = parse_string(values, "text", where=f"{where}.")
+    title = parse_string(values, "title", where=f"{where}.", optional=True)
+    if len(text) + len(title) > max_chars:
+        raise RowError("over-long passage", f"{where} has {len(text) + len(title)} characters, the limit is {max_chars}")
+    relevance = values.get("relevance")
+    if relevance is not None and (isinstance(relevance, bool) or not isinstance(relevance, int | float)):
+        raise RowError("wrong type", f"{where}.relevance must be a number")
+    if relevance is not None and not math.isfinite(relevance):
+        raise RowError("wrong type", f"{where}.relevance must be finite")
+    identifier = values.get("id")
+    return RowPassage(
+        text, title, None if identifier is None else str(identifier), None if relevance is None else float(relevance)
+    )
+
+
+def parse_row(values: dict[str, Any], policy: ReadPolicy) -> Row:
+    """A row from plain JSON. Raises RowError."""
+    identifier, query = str(values.get("id", "")), parse_string(values, "query")
+    if not identifier:
+        raise RowError("missing field", "id is missing")
+    passages = tuple(
+        parse_passage(item, f"passages[{index}]", policy.max_passage_chars)
+        for index, item in enumerate(parse_list(values, "passages"))
+    )
+    if not passages:
+        raise RowError("empty", "passages is empty")
+    teacher = values.get("teacher_answer")
+    answers = parse_answers(values, needed=policy.need_answer and teacher is None)
+    return Row(identifier, query, passages, answers, parse_string(values, "teacher_answer") if teacher else None)
+
+
+def parse_answers(values: dict[str, Any], *, needed: bool) -> tuple[str, ...]:
+    """The strings of `values["answers"]`, none of them empty. Raises RowError."""
+    if values.get("answers") is None and not needed:
+        return ()
+    answers = parse_list(values, "answers")
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise RowError("wrong type", f"answers[{index}] must be a string")
+        if not answer.strip():
+            raise RowError("empty", f"answers[{index}] is empty")
+    if needed and not answers:
+        raise RowError("empty", "answers is empty")
+    return tuple(answers)
+
+
+def parse_json_line(line: bytes) -> dict[str, Any]:
+    """One line of JSONL as an object. Raises RowError."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise RowError("broken line", f"not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RowError("broken line", "not a JSON object")
+    return values
+
+
+def parse_records(
+    records: Iterable[tuple[int, Any]], parse: Callable[[Any], T], policy: ReadPolicy, report: ReadReport
+) -> Iterator[T]:
+    """Parse `(line number, raw record)` pairs; bad ones and repeated ids go to `report` or raise, as `policy` says.
+
+    `parse` raises RowError for a bad record; what it returns has an `id`. Raises DataError where refused.
+    """
+    first_line: dict[str, int] = {}
+    for line, record in records:
+        report.read += 1
+        try:
+            parsed = parse(record)
+            identifier: str = parsed.id  # type: ignore[attr-defined]  # every parsed kind has one; see the docstring
+            if first_line.setdefault(identifier, line) != line:
+                raise RowError("duplicate id", f"id {identifier!r} already stands in line {first_line[identifier]}")
+        except RowError as error:
+            if policy.on_problem == "refuse":
+                raise DataError(f"{report.source}, line {line}: {error.kind}: {error}") from None
+            report.add(line, error)
+            continue
+        report.kept += 1
+        yield parsed
+
+
+def number_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """`(line number from 1, line)` of every line that is not blank. Raises DataError where the file cannot be read."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path.name}: cannot be read: {error}") from None
+
+
+def iterate_rows(path: Path, policy: ReadPolicy, report: ReadReport) -> Iterator[Row]:
+    """Stream the rows of a file; `report` is filled as they pass. Raises DataError."""
+    return parse_records(
+        number_lines(path), lambda line: parse_row(parse_json_line(line), policy), policy, report
+    )
+
+
+def read_rows(path: Path, policy: ReadPolicy | None = None) -> tuple[list[Row], ReadReport]:
+    """All good rows of a file and the report on the others. Raises DataError."""
+    report = ReadReport(path.name)
+    rows = list(iterate_rows(path, policy or ReadPolicy(), report))
+    return rows, report
+
+
+def row_to_json(row: Row) -> str:
+    """`row` as one line of JSON without the line feed; absent values are left out."""
+    passages = [
+        {"text": passage.text}
+        | ({"title": passage.title} if passage.title else {})
+        | ({"id": passage.id} if passage.id is not None else {})
+        | ({"relevance": passage.relevance} if passage.relevance is not None else {})
+        for passage in row.passages
+    ]
+    values: dict[str, Any] = {"id": row.id, "query": row.query, "passages": passages, "answers": list(row.answers)}
+    if row.teacher_answer is not None:
+        values["teacher_answer"] = row.teacher_answer
+    return json.dumps(values, ensure_ascii=False)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows to a new file that appears under its name only when it is complete; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    count = 0
+    try:
+        with open_writer(partial) as file:
+            for count, row in enumerate(rows, start=1):
+                file.write(row_to_json(row) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,81 @@
+"""Deduplication, caps and a split in which no passage of one side is a positive of the other."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from training.answer_match import words
+from training.examples import Example
+
+
+def unit_hash(seed: int, text: str) -> float:
+    """A number in [0, 1) that depends on nothing but `seed` and `text`."""
+    digest = hashlib.sha256(f"{seed}\0{text}".encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:7]) / 2**56
+
+
+def deduplicate(examples: Iterable[Example]) -> list[Example]:
+    """The first of every group of examples that ask the same (by words) of the same positives."""
+    kept: dict[tuple[str, tuple[str, ...]], Example] = {}
+    for example in examples:
+        positives = tuple(sorted(words(passage.text) for passage in example.positives))
+        kept.setdefault((words(example.query), positives), example)
+    return list(kept.values())
+
+
+def cap(examples: Sequence[Example], *, per_passage: int | None, limit: int | None, seed: int) -> list[Example]:
+    """At most `per_passage` examples of one first positive and at most `limit` in all, drawn by `seed`, order kept."""
+    drawn = sorted(examples, key=lambda example: unit_hash(seed, example.id))
+    if per_passage is not None:
+        seen: Counter[str] = Counter()
+        kept = []
+        for example in drawn:
+            first = words(example.positives[0].text) if example.positives else example.id
+            seen[first] += 1
+            if seen[first] <= per_passage:
+                kept.append(example)
+        drawn = kept
+    chosen = {example.id for example in drawn[:limit]}
+    return [example for example in examples if example.id in chosen]
+
+
+def group_by_passage(examples: Sequence[Example]) -> list[int]:
+    """A group number for each example: those that share a positive, directly or through others, are in one group."""
+    parent = list(range(len(examples)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    owner: dict[str, int] = {}
+    for index, example in enumerate(examples):
+        for passage in example.positives:
+            first = root(owner.setdefault(words(passage.text), index))
+            parent[max(first, root(index))] = min(first, root(index))
+    return [root(index) for index in range(len(examples))]
+
+
+def split_by_passage(examples: Sequence[Example], dev_share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(train, dev)`: whole groups of `group_by_passage` go to dev with probability `dev_share`, drawn by `seed`."""
+    train: list[Example] = []
+    dev: list[Example] = []
+    for example, group in zip(examples, group_by_passage(examples), strict=True):
+        in_dev = unit_hash(seed, examples[group].id) < dev_share
+        (dev if in_dev else train).append(example)
+    return train, dev
+
+
+def drop_held_out(examples: Sequence[Example], held_out: Iterable[Example]) -> list[Example]:
+    """`examples` without those that share a positive or, word for word, a question with `held_out`."""
+    questions, passages = set(), set()
+    for example in held_out:
+        questions.add(words(example.query))
+        passages.update(words(passage.text) for passage in example.positives)
+    return [
+        example
+        for example in examples
+        if words(example.query) not in questions
+        and not any(words(passage.text) in passages for passage in example.positives)
+    ]
