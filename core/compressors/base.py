@@ -1,0 +1,84 @@
+"""What every compressor is: a backbone that reads rows, learned slots, a readout and a relevance head."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.config import CompressorConfig
+from core.readouts import Embed, build_readout, take
+from core.rows import RowBatch, RowFormat
+
+
+@dataclass(frozen=True)
+class CompressorOutput:
+    """One forward pass over B rows.
+
+    memory (B, L, d_generator), padded as `RowBatch.memory_mask` says; scores (B,) float32 raw relevance scores;
+    weights (B, L, G) float32 and logits (B, W, G) float32 where the readout attends over the chunk, else None.
+    """
+
+    memory: Tensor
+    scores: Tensor
+    weights: Tensor | None
+    logits: Tensor | None
+
+
+class Compressor(nn.Module):
+    """Reads `[query][chunk][MEM_1..MEM_l][RR]` and writes memory embeddings and a relevance score in one pass.
+
+    The slots are parameters of their own (OSCAR sec. 3.1 and 4.4), so no vocabulary is resized: `slots` is
+    (max_memory_tokens + 1, width) with [RR] last. Subclasses give the backbone and its row format.
+    """
+
+    def __init__(
+        self,
+        config: CompressorConfig,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        row_format: RowFormat,
+        generator_width: int,
+    ) -> None:
+        super().__init__()
+        width = int(backbone.config.hidden_size)
+        self.config = config
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.row_format = row_format
+        self.slots = nn.Parameter(torch.zeros(config.max_memory_tokens + 1, width))
+        self.readout = build_readout(config, width, generator_width)
+        self.relevance = nn.Linear(width, 1)
+        self._takes_segments = "token_type_ids" in inspect.signature(backbone.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.slots.device
+
+    def initialise_slots(self, generator: torch.Generator) -> None:
+        """Start every slot near a token the backbone knows: its mask token, or else the mean of its vocabulary."""
+        table = self.backbone.get_input_embeddings().weight
+        mask_id = self.tokenizer.mask_token_id
+        centre = table.mean(0) if mask_id is None else table[mask_id]
+        noise = torch.randn(self.slots.shape, generator=generator) * table.float().std().cpu() * 0.5
+        with torch.no_grad():
+            self.slots.copy_(centre.float().cpu() + noise)
+
+    def hidden(self, batch: RowBatch) -> Tensor:
+        """Hidden states (B, T, width) of all positions, in one pass of the backbone."""
+        tokens = self.backbone.get_input_embeddings()(batch.ids)  # (B, T, width)
+        slots = self.slots[batch.slots.clamp(min=0)]  # (B, T, width)
+        inputs = torch.where((batch.slots >= 0).unsqueeze(-1), slots.to(tokens.dtype), tokens)
+        extra = {"token_type_ids": batch.segments} if self._takes_segments else {}
+        output = self.backbone(inputs_embeds=inputs, attention_mask=batch.mask.long(), **extra)
+        return output.last_hidden_state  # type: ignore[no-any-return]  # transformers outputs are untyped
+
+    def forward(self, batch: RowBatch, embed: Embed) -> CompressorOutput:
+        """Compress B rows; `embed` is the generator's input embedding (int64 ids -> (..., d_generator))."""
+        hidden = self.hidden(batch)
+        read = self.readout(hidden, batch, embed)
+        at_relevance = take(hidden, batch.relevance_position.unsqueeze(1)).squeeze(1)  # (B, width)
+        scores = self.relevance(at_relevance).squeeze(-1).float()  # (B,)
+        return CompressorOutput(read.memory, scores, read.weights, read.logits)

@@ -1,0 +1,33 @@
+"""The `encoder` compressor: any bidirectional encoder, projected to the generator's width (OSCAR app. J)."""
+
+from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
+
+from core.compressors.base import Compressor
+from core.config import CompressorConfig
+from core.errors import ConfigError
+from core.rows import encoder_row_format
+
+
+class EncoderCompressor(Compressor):
+    """Any `AutoModel` encoder (ModernBERT, BERT, MiniLM, RoBERTa); slots are read and written like masked tokens."""
+
+    def __init__(
+        self,
+        config: CompressorConfig,
+        encoder_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        generator_width: int,
+    ) -> None:
+        row_format = encoder_row_format(tokenizer, config)
+        fixed = len(row_format.head) + len(row_format.joint) + len(row_format.tail) + config.max_memory_tokens + 1
+        longest = fixed + config.query_tokens + config.chunk_tokens
+        positions = int(getattr(encoder_config, "max_position_embeddings", longest))
+        if longest > positions:
+            raise ConfigError(
+                f"compressor: rows of up to {longest} tokens are over the encoder's {positions} positions; "
+                "lower query_tokens or chunk_tokens, or raise rates"
+            )
+        backbone = AutoModel.from_config(encoder_config)
+        if hasattr(backbone, "pooler"):
+            backbone.pooler = None  # a sentence head that nothing here reads
+        super().__init__(config, backbone, tokenizer, row_format, generator_width)

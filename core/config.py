@@ -1,0 +1,156 @@
+"""What a checkpoint is made of, as validated, immutable dataclasses. Knows nothing about tensors or files.
+
+Every key is checked: an unknown key, a wrong type or a contradiction raises `ConfigError` and names the key.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from core.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid")
+T = TypeVar("T")
+
+Positive = Annotated[int, Field(ge=1)]
+Kind = Literal["n_layers", "encoder"]
+Readout = Literal["memory", "pooled", "pointer"]
+Order = Literal["query_first", "document_first"]
+Mode = Literal["compressed", "text", "hybrid"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CompressorConfig:
+    """The compressor: which weights it copies, what it reads and what it writes.
+
+    kind            `n_layers`: own copy of the generator's first `n_layers` layers (OSCAR sec. 3.1);
+                    `encoder`: a bidirectional encoder and FC-ReLU-FC to the generator's width (OSCAR app. J)
+    base_model      the encoder's name; empty for `n_layers`, which copies the generator
+    n_layers        layers copied; only for `n_layers`
+    projection_dim  hidden width of FC-ReLU-FC; only for `encoder`
+    readout         `memory`: hidden state of each memory slot (the paper); `pooled`: mean over equal segments of
+                    the chunk; `pointer`: softmax over the chunk's tokens times their generator input embeddings
+    pointer_window  consecutive memory slots that share one softmax: it picks a start, slot j reads j tokens on
+    pointer_lead    the window begins this many tokens before the token that is pointed at
+    order           `query_first` (the paper) or `document_first` (a causal compressor can cache the chunk)
+    query_tokens    the query's own budget in compressor tokens; it never eats the chunk's
+    chunk_tokens    the chunk's budget in generator tokens
+    rates           compression rates this checkpoint is trained for; the first is the default
+    allocation      `fixed`: chunk_tokens / rate embeddings for each chunk; `proportional`: tokens of the chunk / rate
+    """
+
+    kind: Kind = "n_layers"
+    base_model: str = ""
+    n_layers: Positive = 8
+    projection_dim: Positive = 8096
+    readout: Readout = "memory"
+    pointer_window: Positive = 8
+    pointer_lead: Annotated[int, Field(ge=0)] = 1
+    order: Order = "query_first"
+    query_tokens: Positive = 64
+    chunk_tokens: Positive = 128
+    rates: tuple[Positive, ...] = (16,)
+    allocation: Literal["fixed", "proportional"] = "fixed"
+
+    def __post_init__(self) -> None:
+        if self.kind == "encoder" and not self.base_model:
+            raise ValueError("base_model: an encoder compressor needs the name of its encoder")
+        if self.kind == "n_layers" and self.base_model:
+            raise ValueError("base_model: an n_layers compressor copies the generator; leave this empty")
+        if not self.rates or len(set(self.rates)) != len(self.rates):
+            raise ValueError("rates: give at least one rate and none twice")
+        if max(self.rates) > self.chunk_tokens:
+            raise ValueError(f"rates: {max(self.rates)} is over chunk_tokens ({self.chunk_tokens})")
+
+    @property
+    def max_memory_tokens(self) -> int:
+        """Memory slots that exist: enough for a full chunk at the lowest rate."""
+        return math.ceil(self.chunk_tokens / min(self.rates))
+
+    def memory_tokens(self, chunk_tokens: int, rate: int) -> int:
+        """How many memory embeddings a chunk of `chunk_tokens` generator tokens gets at `rate`; at least 1."""
+        full = self.chunk_tokens if self.allocation == "fixed" else chunk_tokens
+        return max(1, min(math.ceil(full / rate), chunk_tokens, self.max_memory_tokens))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters on the generator's linear layers (OSCAR table 8: r 16, alpha 32, dropout 0.1)."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GeneratorConfig:
+    """The causal language model that answers; `lora` is null where the base model is used as it is."""
+
+    base_model: str = "smollm2-135m"
+    lora: LoraConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptConfig:
+    """The words around the passages (OSCAR app. D) and the order of passages in the prompt.
+
+    passage_order   `relevance`: best score first, by the compressor's own scores; `given`: the caller's order
+    hybrid_top      how many best-scored passages `hybrid` shows as text
+    """
+
+    system: str = (
+        "You are a helpful assistant. Your task is to extract relevant information from provided documents "
+        "and to answer questions as briefly as possible."
+    )
+    passage_order: Literal["given", "relevance"] = "given"
+    hybrid_top: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RelevanceConfig:
+    """Calibration of relevance: probability = sigmoid(scale * score + bias) (Platt 1999).
+
+    threshold       best calibrated relevance below which the question counts as not answerable; null: not calibrated
+    """
+
+    scale: float = 1.0
+    bias: float = 0.0
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """All of a checkpoint's config.json. `trained` is false for a fresh checkpoint of `training init`."""
+
+    format_version: Literal[1] = 1
+    trained: bool = False
+    compressor: CompressorConfig = dataclasses.field(default_factory=CompressorConfig)
+    generator: GeneratorConfig = dataclasses.field(default_factory=GeneratorConfig)
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    relevance: RelevanceConfig = dataclasses.field(default_factory=RelevanceConfig)
+
+
+def parse_config(kind: type[T], values: Any, source: str) -> T:
+    """Build the dataclass `kind` from plain JSON or YAML `values`.
+
+    `source` names where they came from, for the message. Raises ConfigError that lists every offending key.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: "
+            + ("unknown key" if item["type"] == "unexpected_keyword_argument" else item["msg"])
+            for item in error.errors()
+        )
+        raise ConfigError(f"{source}: {problems}") from None
+
+
+def dump_config(config: Any) -> str:
+    """`config` as JSON text, keys sorted, so that equal configurations give equal bytes."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,75 @@
+"""A loaded model: generator, compressor and the config that made them. Knows nothing about checkpoint folders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from core.base_models import BaseModel, resolve_base_model
+from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
+from core.compressors.n_layers import first_layers_state
+from core.config import Config
+from core.generator import Generator, load_generator
+from core.prompts import PromptTemplate
+from core.tokenization import load_tokenizer
+
+
+@dataclass
+class Model:
+    """Everything that serves one checkpoint version.
+
+    name    the version that every response names; `untrained` for one built from base weights
+    base    the generator's base model, with the sha256 of what was read
+    """
+
+    config: Config
+    generator: Generator
+    compressor: Compressor
+    template: PromptTemplate
+    base: BaseModel
+    name: str = "untrained"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.compressor.device
+
+
+def build_model(
+    config: Config, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Model:
+    """A fresh model: base weights, and slots and heads that `seed` determines.
+
+    In `text` mode it answers like the base model. Raises BaseModelError and ConfigError.
+    """
+    base = resolve_base_model(config.generator.base_model)
+    generator = load_generator(base, device=torch.device(device), dtype=dtype)
+    folder = resolve_base_model(config.compressor.base_model).path if config.compressor.kind == "encoder" else None
+    compressor = build_compressor(config, generator, folder, seed)
+    if folder is None:
+        weights = first_layers_state(generator.model.base_model, config.compressor.n_layers)
+        compressor.backbone.load_state_dict(weights, strict=True)
+    else:
+        copied = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, use_safetensors=True)
+        weights = {name: value for name, value in copied.state_dict().items() if not name.startswith("pooler.")}
+        compressor.backbone.load_state_dict(weights, strict=True)
+    compressor.initialise_slots(torch.Generator().manual_seed(seed))
+    compressor.to(device=device, dtype=dtype).eval()
+    return Model(config, generator, compressor, PromptTemplate(generator.tokenizer, config.prompt), base)
+
+
+def build_compressor(config: Config, generator: Generator, folder: Path | None, seed: int = 0) -> Compressor:
+    """The compressor's architecture with random float32 weights that `seed` determines.
+
+    `folder` holds an encoder's config and tokenizer; None for n_layers, whose shape is the generator's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if folder is None:
+            return NLayersCompressor(
+                config.compressor, generator.model.config, generator.tokenizer, generator.hidden_size
+            ).float()
+        encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
+        return EncoderCompressor(config.compressor, encoder_config, tokenizer, generator.hidden_size).float()

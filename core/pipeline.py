@@ -1,0 +1,243 @@
+"""One request, step by step: prepare -> compress -> rerank -> build the prompt -> answer.
+
+Plain functions of their inputs. Nothing here knows HTTP, queues or checkpoints; batching across requests is the
+caller's, who may hand any mix of requests' rows to `compress_rows`.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.config import Mode
+from core.decoding import generate
+from core.errors import InvalidInputError
+from core.model import Model
+from core.passages import Chunk, Passage, chunk_passage
+from core.prompts import Block, Prompt
+from core.rows import ChunkRow, collate_rows, plan_batches
+from core.sampling import GenerationOptions
+from core.tokenization import encode
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A tokenised request. `query_ids` are compressor tokens within the query budget; chunks are in passage order."""
+
+    query: str
+    passages: tuple[Passage, ...]
+    query_ids: list[int]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedChunk:
+    """What became of one chunk.
+
+    start, end  its character span in `Passage.content`; tokens: its length in generator tokens
+    memory      (l, d_generator) memory embeddings
+    score       raw relevance score
+    weights     (l, tokens) float32: what each embedding read of the chunk's generator tokens; None without evidence
+    """
+
+    start: int
+    end: int
+    tokens: int
+    memory: Tensor
+    score: float
+    weights: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedPassage:
+    """One passage: its chunks in order, and its relevance, the calibrated best of its chunks' scores, in 0..1."""
+
+    index: int
+    chunks: tuple[CompressedChunk, ...]
+    relevance: float
+
+    @property
+    def memory(self) -> Tensor:
+        """All memory embeddings of the passage, (sum of l, d_generator)."""
+        return torch.cat([chunk.memory for chunk in self.chunks])
+
+    @property
+    def tokens(self) -> int:
+        """Generator tokens of the passage as text."""
+        return sum(chunk.tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with what it was made from. Passages and modes are in the caller's order; timings in milliseconds."""
+
+    text: str
+    finish_reason: str
+    passages: list[CompressedPassage]
+    modes: list[Mode]
+    text_tokens: int
+    prompt_tokens: int
+    completion_tokens: int
+    timings_ms: dict[str, float]
+
+
+def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRequest:
+    """Tokenise and chunk one request. Raises InvalidInputError for an empty query, no passages or an empty one.
+
+    A query over the compressor's query budget is read from its end there; the generator always reads all of it.
+    """
+    if not query.strip():
+        raise InvalidInputError("query", "is empty")
+    if not passages:
+        raise InvalidInputError("passages", "is empty: give at least one")
+    config = model.config.compressor
+    chunks = [
+        chunk
+        for index, passage in enumerate(passages)
+        for chunk in chunk_passage(
+            passage, index, model.generator.tokenizer, model.compressor.tokenizer, config.chunk_tokens
+        )
+    ]
+    query_ids = encode(model.compressor.tokenizer, query).ids[-config.query_tokens :]
+    return PreparedRequest(query, tuple(passages), query_ids, tuple(chunks))
+
+
+def rows_of(model: Model, request: PreparedRequest, rate: int | None = None) -> list[ChunkRow]:
+    """The request's rows of compressor input, one a chunk, at one of the checkpoint's rates (default: its first).
+
+    Raises InvalidInputError for a rate the checkpoint was not trained for.
+    """
+    config = model.config.compressor
+    rate = rate or config.rates[0]
+    if rate not in config.rates:
+        raise InvalidInputError("rate", f"must be one of {', '.join(map(str, config.rates))}")
+    return [
+        ChunkRow(request.query_ids, chunk, config.memory_tokens(len(chunk.generator_ids), rate))
+        for chunk in request.chunks
+    ]
+
+
+@torch.inference_mode()
+def compress_rows(model: Model, rows: Sequence[ChunkRow]) -> list[CompressedChunk]:
+    """Compress any mix of requests' rows in one forward pass; results in the order of `rows`."""
+    batch = collate_rows(rows, model.compressor.row_format, model.config.compressor.max_memory_tokens)
+    output = model.compressor(batch.to(model.device), model.generator.embed)
+    scores = output.scores.tolist()
+    compressed = []
+    for i, row in enumerate(rows):
+        tokens = len(row.chunk.generator_ids)
+        weights = None if output.weights is None else output.weights[i, : row.memory_tokens, :tokens]
+        memory = output.memory[i, : row.memory_tokens]  # (l, d_generator)
+        compressed.append(CompressedChunk(row.chunk.start, row.chunk.end, tokens, memory, scores[i], weights))
+    return compressed
+
+
+def gather(model: Model, request: PreparedRequest, chunks: Sequence[CompressedChunk]) -> list[CompressedPassage]:
+    """Put a request's compressed chunks, in the order of its rows, back together into passages."""
+    grouped: list[list[CompressedChunk]] = [[] for _ in request.passages]
+    for chunk, compressed in zip(request.chunks, chunks, strict=True):
+        grouped[chunk.passage].append(compressed)
+    calibration = model.config.relevance
+    passages = []
+    for index, group in enumerate(grouped):
+        score = calibration.scale * max(chunk.score for chunk in group) + calibration.bias
+        # Written by the sign of the score, so that neither side overflows.
+        relevance = 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+        passages.append(CompressedPassage(index, tuple(group), relevance))
+    return passages
+
+
+def compress(
+    model: Model, requests: Sequence[PreparedRequest], rate: int | None = None, max_batch_tokens: int = 4096
+) -> list[list[CompressedPassage]]:
+    """Compress whole requests: all their chunks together, in batches of like length under a token budget."""
+    rows = [row for request in requests for row in rows_of(model, request, rate)]
+    done: dict[int, CompressedChunk] = {}
+    for indices in plan_batches([model.compressor.row_format.length(row) for row in rows], max_batch_tokens):
+        done.update(zip(indices, compress_rows(model, [rows[i] for i in indices]), strict=True))
+    results, first = [], 0
+    for request in requests:
+        last = first + len(request.chunks)
+        results.append(gather(model, request, [done[i] for i in range(first, last)]))
+        first = last
+    return results
+
+
+def rerank(compressed: Sequence[CompressedPassage]) -> list[int]:
+    """Passage indices, most relevant first; equals keep the caller's order. By raw score: relevance can saturate."""
+    best = [max(chunk.score for chunk in passage.chunks) for passage in compressed]
+    return [compressed[i].index for i in sorted(range(len(compressed)), key=lambda i: -best[i])]
+
+
+def choose_modes(
+    model: Model, compressed: Sequence[CompressedPassage], mode: Mode, hybrid_top: int | None = None
+) -> list[Mode]:
+    """How each passage reaches the generator, in the caller's order: `text` or `compressed`."""
+    if mode != "hybrid":
+        return [mode] * len(compressed)
+    shown = set(rerank(compressed)[: hybrid_top or model.config.prompt.hybrid_top])
+    return ["text" if passage.index in shown else "compressed" for passage in compressed]
+
+
+def build_prompt(
+    model: Model, request: PreparedRequest, compressed: Sequence[CompressedPassage], modes: Sequence[Mode]
+) -> Prompt:
+    """The generator's prompt, passages in the order the config asks for."""
+    text_ids = passage_text_ids(request)
+    by_relevance = model.config.prompt.passage_order == "relevance"
+    order = rerank(compressed) if by_relevance else range(len(compressed))
+    blocks = [
+        Block(text_ids=text_ids[i], memory=None)
+        if modes[i] == "text"
+        else Block(text_ids=None, memory=compressed[i].memory)
+        for i in order
+    ]
+    return model.template.build(request.query, blocks)
+
+
+def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
+    """Generator tokens of each passage as text."""
+    ids: list[list[int]] = [[] for _ in request.passages]
+    for chunk in request.chunks:
+        ids[chunk.passage] += chunk.generator_ids
+    return ids
+
+
+def text_prompt_tokens(model: Model, request: PreparedRequest) -> int:
+    """Prompt tokens if every passage were text: what the request would cost uncompressed."""
+    blocks = [Block(text_ids=ids, memory=None) for ids in passage_text_ids(request)]
+    return len(model.template.build(request.query, blocks).ids)
+
+
+def answer(
+    model: Model,
+    query: str,
+    passages: Sequence[Passage],
+    mode: Mode = "compressed",
+    rate: int | None = None,
+    options: GenerationOptions | None = None,
+) -> Answer:
+    """Answer one query from its passages: every step above, timed. Raises InputError."""
+    marks = [time.perf_counter()]
+    request = prepare(model, query, passages)
+    marks.append(time.perf_counter())
+    compressed = compress(model, [request], rate)[0]
+    marks.append(time.perf_counter())
+    modes = choose_modes(model, compressed, mode)
+    prompt = build_prompt(model, request, compressed, modes)
+    completion = generate(model.generator, [prompt], [options or GenerationOptions()])[0]
+    marks.append(time.perf_counter())
+    stages = dict(zip(("prepare", "compress", "generate"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    return Answer(
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        passages=compressed,
+        modes=modes,
+        text_tokens=text_prompt_tokens(model, request),
+        prompt_tokens=len(prompt.ids),
+        completion_tokens=len(completion.token_ids),
+        timings_ms={name: 1000 * seconds for name, seconds in stages.items()} | {"total": 1000 * (marks[-1] - marks[0])},
+    )

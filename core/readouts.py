@@ -1,0 +1,121 @@
+"""Readouts: how a compressor's hidden states become memory embeddings of the generator's width.
+
+One small module each, chosen by `CompressorConfig.readout`. None knows which compressor made the hidden states.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.config import CompressorConfig
+from core.rows import RowBatch
+
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ReadoutOutput:
+    """memory (B, L, d_generator); weights (B, L, G) float32, what each embedding read of the chunk's generator
+    tokens, or None; logits (B, W, G) float32 of the W pointers, minus infinity at padding, or None."""
+
+    memory: Tensor
+    weights: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def take(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `hidden` (B, T, d) at `positions` (B, N): (B, N, d)."""
+    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+class MemoryReadout(nn.Module):
+    """The hidden state at each memory slot, projected (OSCAR sec. 3.1). `project` is the identity for n_layers."""
+
+    def __init__(self, project: nn.Module) -> None:
+        super().__init__()
+        self.project = project
+
+    def forward(self, hidden: Tensor, batch: RowBatch, embed: Embed) -> ReadoutOutput:
+        """hidden (B, T, d_compressor) -> memory (B, L, d_generator)."""
+        return ReadoutOutput(self.project(take(hidden, batch.memory_positions)))
+
+
+class PooledReadout(nn.Module):
+    """The mean hidden state over each of l equal segments of the chunk, projected (mean pooling: arXiv 2510.20797)."""
+
+    def __init__(self, project: nn.Module) -> None:
+        super().__init__()
+        self.project = project
+
+    def forward(self, hidden: Tensor, batch: RowBatch, embed: Embed) -> ReadoutOutput:
+        """hidden (B, T, d_compressor) -> memory (B, L, d_generator), weights (B, L, G)."""
+        count = batch.memory_mask.sum(1).view(-1, 1)  # (B, 1)
+        length = batch.generator_mask.sum(1).view(-1, 1)
+        token = torch.arange(batch.generator_mask.shape[1], device=hidden.device)  # (G,)
+        slot = torch.arange(batch.memory_mask.shape[1], device=hidden.device)  # (L,)
+        segment = token * count // length  # (B, G): the slot that each token falls to
+        member = (segment.unsqueeze(1) == slot.view(1, -1, 1)) & batch.generator_mask.unsqueeze(1)  # (B, L, G)
+        weights = member / member.sum(-1, keepdim=True).clamp(min=1)
+        pooled = weights.to(hidden.dtype) @ take(hidden, batch.chunk_positions)  # (B, L, d_compressor)
+        return ReadoutOutput(self.project(pooled), weights=weights)
+
+
+class PointerReadout(nn.Module):
+    """Soft copies of the chunk's own tokens, plus a residual (after pointer networks, Vinyals et al. 2015).
+
+    The slots form windows of `window` consecutive ones. The first slot of a window asks where to look: a softmax over
+    the chunk's tokens picks, softly, a start. Slot j of the window is the generator's input embedding of the token
+    j - lead places after the start, in expectation, plus a zero-initialised projection of the slot's hidden state.
+    So memory embeddings lie in the generator's embedding space before any training.
+    """
+
+    def __init__(self, compressor_width: int, generator_width: int, window: int, lead: int) -> None:
+        super().__init__()
+        self.window = window
+        self.lead = min(lead, window - 1)
+        self.query = nn.Linear(compressor_width, compressor_width)
+        self.key = nn.Linear(compressor_width, compressor_width)
+        self.residual = nn.Linear(compressor_width, generator_width)
+        nn.init.zeros_(self.residual.weight)
+        nn.init.zeros_(self.residual.bias)
+
+    def forward(self, hidden: Tensor, batch: RowBatch, embed: Embed) -> ReadoutOutput:
+        """hidden (B, T, d_compressor) -> memory (B, L, d_generator), weights (B, L, G), logits (B, W, G)."""
+        slots = take(hidden, batch.memory_positions)  # (B, L, d_compressor)
+        queries = self.query(slots[:, :: self.window])  # (B, W, d_compressor)
+        keys = self.key(take(hidden, batch.chunk_positions))  # (B, G, d_compressor)
+        logits = (queries @ keys.transpose(1, 2)).float() / keys.shape[-1] ** 0.5  # (B, W, G)
+        logits = logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf"))
+        weights = self.spread(logits.softmax(-1))[:, : slots.shape[1]]  # (B, L, G)
+        weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
+        tokens = embed(batch.generator_ids)  # (B, G, d_generator)
+        memory = weights.to(tokens.dtype) @ tokens + self.residual(slots).to(tokens.dtype)
+        return ReadoutOutput(memory, weights=weights, logits=logits)
+
+    def spread(self, starts: Tensor) -> Tensor:
+        """Start distributions (B, W, G) -> weights of each window's slots (B, W * window, G): shifted copies."""
+        size = starts.shape[-1]
+        padded = functional.pad(starts, (self.window - 1 - self.lead, self.lead))  # (B, W, G + window - 1)
+        # Slice o of the unfolded tensor is shifted by window-1-lead-o, so the slices come last slot first.
+        shifted = padded.unfold(-1, size, 1).flip(2)  # (B, W, window, G)
+        return shifted.flatten(1, 2)  # (B, W * window, G)
+
+
+def build_readout(
+    config: CompressorConfig, compressor_width: int, generator_width: int
+) -> MemoryReadout | PooledReadout | PointerReadout:
+    """The readout `config` asks for: widths are those of the compressor's hidden states and of the generator."""
+    if config.readout == "pointer":
+        return PointerReadout(compressor_width, generator_width, config.pointer_window, config.pointer_lead)
+    project: nn.Module = nn.Identity()
+    if config.kind == "encoder":
+        # FC-ReLU-FC to the generator's width (OSCAR app. J).
+        project = nn.Sequential(
+            nn.Linear(compressor_width, config.projection_dim),
+            nn.ReLU(),
+            nn.Linear(config.projection_dim, generator_width),
+        )
+    return MemoryReadout(project) if config.readout == "memory" else PooledReadout(project)
