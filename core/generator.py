@@ -1,0 +1,159 @@
+"""The generator: a causal language model that reads memory embeddings among its tokens. Knows no prompts, no decoding.
+
+Also merges low-rank adapters into its weights (LoRA, arXiv 2106.09685, eq. 3), so that serving needs no peft.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.base_models import BaseModel
+from core.config import LoraConfig
+from core.errors import BaseModelError, CheckpointError
+from core.prompts import end_of_turn_id
+from core.tokenization import load_tokenizer
+
+ADAPTER_PREFIX = "base_model.model."  # what peft puts before a module's path
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
+
+class Generator(nn.Module):
+    """A causal language model with its tokenizer.
+
+    hidden_size  width d of its input embeddings
+    eos_ids      tokens that end an answer: the model's, its tokenizer's and its chat template's end of turn
+    max_tokens   positions the model was made for, prompt and answer together
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self.max_tokens: int = getattr(model.config, "max_position_embeddings", None) or 2**31
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embeddings are."""
+        return self._embedding_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the input embeddings."""
+        return self._embedding_weight.dtype
+
+    @property
+    def _embedding_weight(self) -> Tensor:
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings `(..., d)` of token `ids` `(...)` int64."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids)
+        return embeddings
+
+    def splice(self, ids: Tensor, memory_mask: Tensor, memory: Tensor) -> Tensor:
+        """Input embeddings `(B, T, d)` with `memory` in place of the tokens where `memory_mask` is true.
+
+        ids          (B, T) int64
+        memory_mask  (B, T) bool
+        memory       (M, d), M = memory_mask.sum(), in row-major order of the true positions; gradients reach it
+
+        Raises ValueError where the number of embeddings or their width does not fit.
+        """
+        embeddings = self.embed(ids)
+        wanted = (int(memory_mask.sum()), self.hidden_size)
+        if wanted[0] == 0 and memory.shape[0] == 0:
+            return embeddings
+        if tuple(memory.shape) != wanted:
+            raise ValueError(f"memory must be {wanted}, as the mask asks, not {tuple(memory.shape)}")
+        # (B, T, 1) broadcasts over d: masked_scatter fills true places in row-major order.
+        return embeddings.masked_scatter(memory_mask.unsqueeze(-1), memory.to(embeddings.dtype))
+
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits `(n, V)` of final hidden states `(n, d)`: the head runs where a token is wanted only."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+
+def load_generator(
+    base: BaseModel, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Load the frozen causal language model in `base.path`. Raises BaseModelError where it cannot be used."""
+    tokenizer = load_tokenizer(base.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseModelError(f"{base.name} cannot be loaded as a causal language model: {error}") from None
+    unknown = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_KINDS
+    if unknown:
+        raise BaseModelError(f"{base.name} has layers of kind {', '.join(sorted(unknown))}, which cannot be served")
+    return Generator(model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, tensors: Mapping[str, Tensor], lora: LoraConfig) -> None:
+    """Add adapters in peft's naming into `model`'s weights: `W += alpha / r * B @ A`, computed in float32.
+
+    tensors  `base_model.model.<module>.lora_A.weight` (r, in) and `...lora_B.weight` (out, r), for every linear
+             layer that `lora.target_modules` names
+
+    Raises CheckpointError, before any weight is changed, for a key that is missing, unknown, of the wrong shape or
+    not finite.
+    """
+    targets = _target_layers(model, lora)
+    expected = {
+        f"{ADAPTER_PREFIX}{name}.lora_{side}.weight": shape
+        for name, layer in targets.items()
+        for side, shape in (("A", (lora.r, layer.in_features)), ("B", (layer.out_features, lora.r)))
+    }
+    _check_adapter(tensors, expected)
+    for name, layer in targets.items():
+        down, up = (tensors[f"{ADAPTER_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
+        delta = up.to(layer.weight.device, torch.float32) @ down.to(layer.weight.device, torch.float32)
+        layer.weight.copy_(layer.weight.float() + lora.alpha / lora.r * delta)
+
+
+def _target_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
+    targets = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.target_modules
+    }
+    if not targets:
+        raise CheckpointError(f"the generator has no linear layer named {', '.join(lora.target_modules)}")
+    return targets
+
+
+def _check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, int]]) -> None:
+    unknown, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
+    if unknown:
+        raise CheckpointError(f"the generator's adapter has {len(unknown)} unknown keys, first {unknown[0]}")
+    if missing:
+        raise CheckpointError(f"the generator's adapter lacks {len(missing)} keys, first {missing[0]}")
+    for key, shape in expected.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"the generator's adapter has shape {tuple(tensor.shape)} for {key}, not {shape}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"the generator's adapter has values that are not finite in {key}")
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    ids = {end_of_turn_id(tokenizer)}
+    generation_config = getattr(model, "generation_config", None)
+    for source in (generation_config, model.config, tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    return frozenset(ids)

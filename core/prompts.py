@@ -1,0 +1,179 @@
+"""The generator's prompt: its own chat template around instruction, passages and question. Knows no weights.
+
+Each passage stands in the prompt as text or as memory embeddings. The chat template is rendered once with sentinels,
+and every part is tokenised apart, so a passage's tokens are the same wherever it stands, and control tokens that a
+caller spells out in a passage or a question stay plain text.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.config import PromptConfig
+from core.tokenization import encode, leading_special_ids
+
+SYSTEM, USER, ASSISTANT = "\ue000system\ue001", "\ue000user\ue001", "\ue000assistant\ue001"
+MEMORY_ID = 0  # stands at memory positions: its embedding is overwritten, so any id of the vocabulary would do
+# Templates that print today's date (Llama 3) or think aloud (Qwen 3) are held to one short, reproducible form.
+TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One passage of the prompt: exactly one of generator token ids or memory embeddings `(l, d)`."""
+
+    text_ids: list[int] | None = None
+    memory: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.text_ids is None) == (self.memory is None):
+            raise ValueError("a block holds either text_ids or memory")
+        if self.memory is not None and self.memory.ndim != 2:
+            raise ValueError(f"memory must be (l, d), not {tuple(self.memory.shape)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A prompt before its memory embeddings are known.
+
+    ids          (T,) int64; MEMORY_ID where an embedding comes
+    memory_mask  (T,) bool, true where an embedding comes; the m-th true position takes the m-th embedding
+    """
+
+    ids: Tensor
+    memory_mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for the generator: it ends where the answer's first token begins.
+
+    ids          (T,) int64
+    memory_mask  (T,) bool
+    memory       (M, d), M = memory_mask.sum(); (0, 0) where every passage is text
+    """
+
+    ids: Tensor
+    memory_mask: Tensor
+    memory: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Positions the generator reads: text tokens and memory embeddings alike."""
+        return self.ids.shape[0]
+
+
+class PromptTemplate:
+    """`config`'s words and `tokenizer`'s chat template, tokenised once. Safe to share between threads once built."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self._head, self._tail, self.end_id = _chat_segments(tokenizer, config.system)
+        self._background = encode(tokenizer, "Background:").ids
+        self._question = encode(tokenizer, "\nQuestion:").ids
+        self._labels: dict[int, list[int]] = {}
+
+    def layout(self, query: str, blocks: Iterable[Sequence[int] | int]) -> Layout:
+        """Lay out a prompt; a block is a passage's generator token ids, or its number of memory embeddings."""
+        ids = self._head + self._background
+        spans: list[tuple[int, int]] = []
+        for number, block in enumerate(blocks, start=1):
+            ids += self._label(number)
+            if isinstance(block, int):
+                spans.append((len(ids), len(ids) + block))
+                ids += repeat(MEMORY_ID, block)
+            else:
+                ids += block
+        ids += self._question + encode(self.tokenizer, f" {query}").ids + self._tail
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        for start, end in spans:
+            mask[start:end] = True
+        return Layout(torch.tensor(ids, dtype=torch.int64), mask)
+
+    def build(self, query: str, blocks: Sequence[Block]) -> Prompt:
+        """The prompt of `query` with one block a passage, in the order given."""
+        memories = [block.memory for block in blocks if block.memory is not None]
+        layout = self.layout(query, (_content(block) for block in blocks))
+        memory = torch.cat(memories) if memories else torch.zeros(0, 0)  # (M, d)
+        return Prompt(layout.ids, layout.memory_mask, memory)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """What the generator should write for the answer `text`: its tokens and the end-of-turn token."""
+        return [*encode(self.tokenizer, text).ids, self.end_id]
+
+    def _label(self, number: int) -> list[int]:
+        """`\\n[number] `, tokenised once for each number."""
+        if number not in self._labels:
+            self._labels[number] = encode(self.tokenizer, f"\n[{number}] ").ids
+        return self._labels[number]
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn in this tokenizer's chat template, or its end-of-sequence token.
+
+    Raises ValueError where the tokenizer has neither.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}]
+        after = _render(tokenizer, messages, add_generation_prompt=False).partition(ASSISTANT)[2]
+        specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        for token in _control_ids(tokenizer, after):
+            if token in specials:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token")
+    return int(tokenizer.eos_token_id)
+
+
+def _content(block: Block) -> Sequence[int] | int:
+    if block.text_ids is not None:
+        return block.text_ids
+    assert block.memory is not None  # a block holds one of the two
+    return block.memory.shape[0]
+
+
+def _chat_segments(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[list[int], list[int], int]:
+    """Token ids before and after the user's words, with the system prompt in place, and the end-of-turn id."""
+    end = end_of_turn_id(tokenizer)
+    if not tokenizer.chat_template:
+        head = leading_special_ids(tokenizer) + encode(tokenizer, f"{system}\n\n").ids
+        return head, encode(tokenizer, "\nAnswer:\n").ids, end
+    rendered = _render_turn(tokenizer)
+    before_system, _, rest = rendered.partition(SYSTEM)
+    before_user, _, after_user = rest.partition(USER)
+    # Control tokens first, words after: the two kinds of tokenising switch the tokenizer's mode.
+    controls = [_control_ids(tokenizer, part) for part in (before_system, before_user, after_user)]
+    return [*controls[0], *encode(tokenizer, system).ids, *controls[1]], controls[2], end
+
+
+def _render_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """One system and one user message with sentinels in them; without a system role, both in the user's."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    try:
+        rendered = _render(tokenizer, messages, add_generation_prompt=True)
+    except TemplateError:
+        rendered = ""
+    if rendered.count(SYSTEM) != 1 or rendered.find(SYSTEM) > rendered.find(USER):
+        folded = [{"role": "user", "content": f"{SYSTEM}\n\n{USER}"}]
+        rendered = _render(tokenizer, folded, add_generation_prompt=True)
+    if rendered.count(USER) != 1:
+        raise ValueError("the tokenizer's chat template does not show the user's message exactly once")
+    return rendered
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, **TEMPLATE_OPTIONS
+    )
+    return str(rendered)
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a template's own words, in which control tokens are control tokens."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    return [int(token) for token in ids]
