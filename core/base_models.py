@@ -6,7 +6,6 @@ A folder counts only if its weights are safetensors: pickled weights can run cod
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def _file_sha256(file: Path) -> str:
         hashes[str(file)] = [*seen, digest.hexdigest()]
         part = memory.with_suffix(".part")
         part.write_text(json.dumps(hashes, indent=1, sort_keys=True))
-        os.replace(part, memory)
+        part.replace(memory)
     return digest.hexdigest()
 
 

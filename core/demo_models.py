@@ -145,7 +145,7 @@ def _dequantise(source: Path, gguf: str, to: Path) -> Path:
         source,
         gguf_file=gguf,
         dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),  # type: ignore[no-untyped-call]
+        quantization_config=GgufConfig(dequantize=True),
     )
     if hasattr(model.config, "quantization_config"):  # the weights are plain now; a loader must not think otherwise
         del model.config.quantization_config
