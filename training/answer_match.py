@@ -24,5 +24,5 @@ def answer_words(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def contains(text_words: str, answers: Iterable[str]) -> bool:
-    """Whether one of the answers stands in the text; the text went through `words`, the answers through `answer_words`."""
+    """Whether an answer stands in the text: the text went through `words`, the answers through `answer_words`."""
     return any(answer in text_words for answer in answers)

@@ -11,46 +11,20 @@ import io
 import json
 import math
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar, cast
+from typing import Any, TextIO, cast
 
-from core.errors import ScaledownError
-
-T = TypeVar("T")
-ProblemKind = Literal["broken line", "missing field", "wrong type", "empty", "duplicate id", "over-long passage"]
-SHOWN_PER_KIND = 5
-
-
-class DataError(ScaledownError):
-    """A data file cannot be used as it stands; the message names the file, the line and the field."""
-
-    code = "data"
-
-
-class RowError(ValueError):
-    """One row is bad; `kind` is counted, the message says which field."""
-
-    def __init__(self, kind: ProblemKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+from core.passages import Passage
+from training.data_quality import DataError, ReadPolicy, ReadReport, RowError, parse_records
 
 
 @dataclass(frozen=True, slots=True)
-class RowPassage:
+class RowPassage(Passage):
     """A passage of a row. `relevance`: 1 gold, 0 negative, or a teacher reranker's score; None: not known."""
 
-    text: str
-    title: str = ""
-    id: str | None = None
     relevance: float | None = None
-
-    @property
-    def content(self) -> str:
-        """Title and text as the compressor sees them."""
-        return f"{self.title}\n{self.text}" if self.title else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,45 +41,6 @@ class Row:
     def target(self) -> str:
         """What the generator learns to say: the teacher's answer if there is one, else the first gold answer."""
         return self.answers[0] if self.teacher_answer is None else self.teacher_answer
-
-
-@dataclass(frozen=True, slots=True)
-class ReadPolicy:
-    """What is done about bad rows: `skip` counts them, `refuse` raises at the first one.
-
-    max_passage_chars    a passage over this many characters makes its row bad
-    need_answer          a row without a gold answer or a teacher's answer is bad
-    """
-
-    on_problem: Literal["skip", "refuse"] = "skip"
-    max_passage_chars: int = 20_000
-    need_answer: bool = True
-
-
-@dataclass
-class ReadReport:
-    """How many lines were read and kept, and the line numbers of the rest by kind of problem."""
-
-    source: str
-    read: int = 0
-    kept: int = 0
-    lines: dict[ProblemKind, list[int]] = field(default_factory=dict)
-    examples: dict[ProblemKind, str] = field(default_factory=dict)
-
-    def add(self, line: int, error: RowError) -> None:
-        self.lines.setdefault(error.kind, []).append(line)
-        self.examples.setdefault(error.kind, str(error))
-
-    @property
-    def counts(self) -> Counter[str]:
-        return Counter({kind: len(lines) for kind, lines in self.lines.items()})
-
-    def __str__(self) -> str:
-        text = f"{self.source}: {self.kept} of {self.read} rows kept"
-        for kind, lines in sorted(self.lines.items()):
-            shown = ", ".join(map(str, lines[:SHOWN_PER_KIND])) + (", ..." if len(lines) > SHOWN_PER_KIND else "")
-            text += f"\n  {len(lines)} x {kind} (line {shown}): {self.examples[kind]}"
-        return text
 
 
 def open_writer(path: Path) -> TextIO:
@@ -148,7 +83,9 @@ def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
     text = parse_string(values, "text", where=f"{where}.")
     title = parse_string(values, "title", where=f"{where}.", optional=True)
     if len(text) + len(title) > max_chars:
-        raise RowError("over-long passage", f"{where} has {len(text) + len(title)} characters, the limit is {max_chars}")
+        raise RowError(
+            "over-long passage", f"{where} has {len(text) + len(title)} characters, the limit is {max_chars}"
+        )
     relevance = values.get("relevance")
     if relevance is not None and (isinstance(relevance, bool) or not isinstance(relevance, int | float)):
         raise RowError("wrong type", f"{where}.relevance must be a number")
@@ -202,30 +139,6 @@ def parse_json_line(line: bytes) -> dict[str, Any]:
     return values
 
 
-def parse_records(
-    records: Iterable[tuple[int, Any]], parse: Callable[[Any], T], policy: ReadPolicy, report: ReadReport
-) -> Iterator[T]:
-    """Parse `(line number, raw record)` pairs; bad ones and repeated ids go to `report` or raise, as `policy` says.
-
-    `parse` raises RowError for a bad record; what it returns has an `id`. Raises DataError where refused.
-    """
-    first_line: dict[str, int] = {}
-    for line, record in records:
-        report.read += 1
-        try:
-            parsed = parse(record)
-            identifier: str = parsed.id  # type: ignore[attr-defined]  # every parsed kind has one; see the docstring
-            if first_line.setdefault(identifier, line) != line:
-                raise RowError("duplicate id", f"id {identifier!r} already stands in line {first_line[identifier]}")
-        except RowError as error:
-            if policy.on_problem == "refuse":
-                raise DataError(f"{report.source}, line {line}: {error.kind}: {error}") from None
-            report.add(line, error)
-            continue
-        report.kept += 1
-        yield parsed
-
-
 def number_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """`(line number from 1, line)` of every line that is not blank. Raises DataError where the file cannot be read."""
     try:
@@ -239,9 +152,7 @@ def number_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def iterate_rows(path: Path, policy: ReadPolicy, report: ReadReport) -> Iterator[Row]:
     """Stream the rows of a file; `report` is filled as they pass. Raises DataError."""
-    return parse_records(
-        number_lines(path), lambda line: parse_row(parse_json_line(line), policy), policy, report
-    )
+    return parse_records(number_lines(path), lambda line: parse_row(parse_json_line(line), policy), policy, report)
 
 
 def read_rows(path: Path, policy: ReadPolicy | None = None) -> tuple[list[Row], ReadReport]:
@@ -273,8 +184,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     count = 0
     try:
         with open_writer(partial) as file:
-            for count, row in enumerate(rows, start=1):
+            for row in rows:
                 file.write(row_to_json(row) + "\n")
+                count += 1
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

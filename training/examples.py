@@ -4,7 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from training.answer_match import answer_words, contains, words
-from training.data_format import ReadPolicy, RowError, RowPassage, parse_answers, parse_list, parse_passage, parse_string
+from training.data_format import RowPassage, parse_answers, parse_list, parse_passage, parse_string
+from training.data_quality import ReadPolicy, RowError
+
+POSITIVE_RELEVANCE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +16,7 @@ class Example:
 
     positives    passages that answer it; empty where only the answer is known (open-domain sets)
     negatives    passages that do not, in the order given
+    unjudged     passages retrieved for it of which nobody said whether they answer
     """
 
     id: str
@@ -20,31 +24,37 @@ class Example:
     answers: tuple[str, ...]
     positives: tuple[RowPassage, ...] = ()
     negatives: tuple[RowPassage, ...] = ()
+    unjudged: tuple[RowPassage, ...] = ()
     teacher_answer: str | None = None
 
 
 def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
-    """An example from plain JSON in one of two forms. Raises RowError.
+    """An example from plain JSON: `{"id", "query" or "question", "answers"?, "teacher_answer"?, ...}`.
 
-    `{"id", "question", "answers", "positives", "negatives"}`, or a row of the data format, whose passages
-    with relevance of at least 0.5 are positives.
+    Its passages are `positives` and `negatives` (lists of passages), or `passages` as in the data format, judged by
+    their `relevance`, or both. Raises RowError.
     """
     if values.get("id") is None or not str(values["id"]):
         raise RowError("missing field", "id is missing")
     query = parse_string(values, "query" if values.get("question") is None else "question")
     teacher = parse_string(values, "teacher_answer", optional=True) or None
     answers = parse_answers(values, needed=policy.need_answer and teacher is None)
-    positives, negatives = [], []
-    if "passages" in values:
-        for index, item in enumerate(parse_list(values, "passages")):
-            passage = parse_passage(item, f"passages[{index}]", policy.max_passage_chars)
-            is_positive = passage.relevance is not None and passage.relevance >= 0.5
-            (positives if is_positive else negatives).append(passage)
-    else:
-        for name, kept in (("positives", positives), ("negatives", negatives)):
-            for index, item in enumerate(parse_list(values, name) if values.get(name) is not None else []):
-                kept.append(parse_passage(item, f"{name}[{index}]", policy.max_passage_chars))
-    return Example(str(values["id"]), query, answers, tuple(positives), tuple(negatives), teacher)
+    positives = _parse_passages(values, "positives", policy)
+    negatives = _parse_passages(values, "negatives", policy)
+    unjudged = []
+    for passage in _parse_passages(values, "passages", policy):
+        if passage.relevance is None:
+            unjudged.append(passage)
+        else:
+            (positives if passage.relevance >= POSITIVE_RELEVANCE else negatives).append(passage)
+    return Example(str(values["id"]), query, answers, tuple(positives), tuple(negatives), tuple(unjudged), teacher)
+
+
+def _parse_passages(values: dict[str, Any], name: str, policy: ReadPolicy) -> list[RowPassage]:
+    if values.get(name) is None:
+        return []
+    items = parse_list(values, name)
+    return [parse_passage(item, f"{name}[{index}]", policy.max_passage_chars) for index, item in enumerate(items)]
 
 
 def keep_found_answers(example: Example) -> Example | None:

@@ -4,6 +4,7 @@ Does not know how a retriever scores: BM25 is here, embedding models are in `den
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Protocol
 
 import bm25s
@@ -21,7 +22,7 @@ class Retriever(Protocol):
     """Scores every passage of the collection it was built over."""
 
     def scores(self, queries: Sequence[str]) -> Iterator[Scores]:
-        """For each query its scores, float32 (passages,), higher is better; what does not match at all is <= 0."""
+        """For each query its scores, float32 (passages,), higher is better; -inf where nothing at all matches."""
         ...
 
 
@@ -29,19 +30,27 @@ class BM25Retriever:
     """BM25 (Lucene's variant, k1 1.5, b 0.75) over the words of the passages, English stop words left out."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        if not texts:
-            raise ValueError("BM25 needs at least one text")
+        self._count = len(texts)
         self._index = bm25s.BM25()
-        self._index.index(_tokenise(texts), show_progress=False)
+        tokens = _tokenise(texts)
+        self._has_words = any(tokens)
+        if self._has_words:
+            self._index.index(tokens, show_progress=False)
 
     def scores(self, queries: Sequence[str]) -> Iterator[Scores]:
+        nothing = np.full(self._count, -np.inf, dtype=np.float32)
         for tokens in _tokenise(queries):
-            known = self._index.get_tokens_ids(tokens)
-            yield self._index.get_scores_from_ids(known) if known else np.zeros(self._index.scores["num_docs"], np.float32)
+            known = self._index.get_tokens_ids(tokens) if self._has_words else []
+            if not known:
+                yield nothing
+                continue
+            scores = self._index.get_scores_from_ids(known)
+            yield np.where(scores > 0, scores, nothing)
 
 
 def _tokenise(texts: Sequence[str]) -> list[list[str]]:
-    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)  # type: ignore[return-value]
+    tokens: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    return tokens
 
 
 class Collection:
@@ -65,29 +74,56 @@ class Collection:
         return contains(self._words[index], answers)
 
 
-def best_negatives(
-    example: Example, scores: Scores, collection: Collection, count: int, *, drop_answers: bool = True
-) -> list[int]:
-    """Up to `count` passages of the collection for one example, best score first, equal scores in collection order.
+def ranked(scores: Scores) -> Iterator[int]:
+    """Passages from the best score down, without sorting more of them than are asked for; -inf never comes."""
+    seen: set[int] = set()
+    depth = 64
+    while len(seen) < len(scores):
+        depth = min(depth, len(scores))
+        top = np.argpartition(-scores, depth - 1)[:depth]
+        for index in top[np.lexsort((top, -scores[top]))].tolist():
+            if scores[index] == -np.inf:
+                return
+            if index not in seen:
+                seen.add(index)
+                yield index
+        depth *= 8
 
-    Positives are left out, and with `drop_answers` every passage that contains an answer. The example's own
-    negatives come before all others, ordered by score.
+
+def best_negatives(
+    example: Example,
+    scores: Scores,
+    collection: Collection,
+    count: int,
+    *,
+    mine: bool = True,
+    drop_answers: bool = True,
+) -> list[int]:
+    """Up to `count` passages of the collection for one example, best score first.
+
+    The example's own negatives come before all others, ordered by score; without `mine` there are no others.
+    Positives are left out, and with `drop_answers` every passage that contains an answer.
     """
     answers = answer_words(example.answers)
     gold = {collection.number_of(passage) for passage in example.positives}
     given = [number for passage in example.negatives if (number := collection.number_of(passage)) is not None]
-    given = sorted(dict.fromkeys(given), key=lambda index: -scores[index])
-    # Four times over, so that what is dropped below rarely leaves too few.
-    depth = min(len(scores), 4 * (count + len(example.answers)) + 16)
-    top = np.argpartition(-scores, depth - 1)[:depth]
-    top = top[np.lexsort((top, -scores[top]))]
-    chosen: list[int] = []
-    for index in dict.fromkeys([*given, *(int(number) for number in top if scores[number] > 0)]):
-        if len(chosen) == count:
-            break
-        if index not in gold and not (drop_answers and collection.contains(index, answers)):
-            chosen.append(index)
-    return chosen
+    given = sorted(dict.fromkeys(given), key=lambda index: (-scores[index], index))
+    candidates = chain(given, (index for index in ranked(scores) if index not in given)) if mine else iter(given)
+    suitable = (
+        index
+        for index in candidates
+        if index not in gold and not (drop_answers and collection.contains(index, answers))
+    )
+    return list(islice(suitable, count))
+
+
+def first_answering(example: Example, scores: Scores, collection: Collection, depth: int) -> int | None:
+    """The best of the `depth` first passages that contains an answer: the positive of a question that came without.
+
+    DPR's distant supervision (Karpukhin et al. 2020, sec. 4.1, `depth` 100).
+    """
+    answers = answer_words(example.answers)
+    return next((index for index in islice(ranked(scores), depth) if collection.contains(index, answers)), None)
 
 
 def random_negatives(

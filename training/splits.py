@@ -69,7 +69,8 @@ def split_by_passage(examples: Sequence[Example], dev_share: float, seed: int) -
 
 def drop_held_out(examples: Sequence[Example], held_out: Iterable[Example]) -> list[Example]:
     """`examples` without those that share a positive or, word for word, a question with `held_out`."""
-    questions, passages = set(), set()
+    questions: set[str] = set()
+    passages: set[str] = set()
     for example in held_out:
         questions.add(words(example.query))
         passages.update(words(passage.text) for passage in example.positives)

@@ -1,0 +1,99 @@
+"""From examples to rows: positives, hard and random negatives, shuffled. Knows no files."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from tqdm import tqdm
+
+from core.config import STRICT
+from training.data_format import Row, RowPassage
+from training.examples import Example
+from training.negatives import Collection, Retriever, Scores, best_negatives, first_answering, random_negatives, ranked
+from training.splits import unit_hash
+
+DISTANT_DEPTH = 100
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AssemblyConfig:
+    """How the passages of a row are chosen.
+
+    passages               how many a row has; fewer where there are not enough
+    random_negatives       how many of the negatives are drawn at random instead of by score
+    mine                   take negatives from the collection; false: only those that came with the example
+    drop_answer_passages   no negative may contain an answer
+    without_positives      examples that came with no passages at all: `distant` makes the best retrieved passage with
+                           an answer the positive (DPR), `unjudged` takes the best retrieved ones as they are, for a
+                           teacher to answer and score (OSCAR sec. 4), `skip` leaves the example out
+    seed                   of the random negatives and of the order of passages
+    """
+
+    passages: Annotated[int, Field(ge=1)] = 10
+    random_negatives: Annotated[int, Field(ge=0)] = 1
+    mine: bool = True
+    drop_answer_passages: bool = True
+    without_positives: Literal["distant", "unjudged", "skip"] = "distant"
+    seed: int = 0
+
+
+def assemble_rows(
+    examples: Sequence[Example],
+    collection: Collection,
+    retriever: Retriever,
+    config: AssemblyConfig,
+    dropped: Counter[str],
+) -> Iterator[Row]:
+    """One row an example, in order; `dropped` counts the examples that give none, by reason."""
+    all_scores = retriever.scores([example.query for example in examples])
+    progress = tqdm(examples, desc="negatives", unit="row", disable=None)
+    for example, scores in zip(progress, all_scores, strict=True):
+        rng = np.random.default_rng(int(unit_hash(config.seed, example.id) * 2**53))
+        passages = _passages(example, scores, collection, config, rng)
+        if not passages:
+            dropped["no positive passage found"] += 1
+            continue
+        order = rng.permutation(len(passages))
+        shuffled = tuple(passages[index] for index in order)
+        yield Row(example.id, example.query, shuffled, example.answers, example.teacher_answer)
+
+
+def _passages(
+    example: Example, scores: Scores, collection: Collection, config: AssemblyConfig, rng: np.random.Generator
+) -> list[RowPassage]:
+    """The passages of one row in no particular order; none where the example has to be dropped."""
+    if not example.positives:
+        if example.unjudged:
+            return list(example.unjudged[: config.passages])
+        if config.without_positives == "unjudged":
+            best = islice(ranked(scores), config.passages)
+            return [replace(collection.passages[index], relevance=None) for index in best]
+        found = first_answering(example, scores, collection, DISTANT_DEPTH) if example.answers else None
+        if config.without_positives == "skip" or found is None:
+            return []
+        example = replace(example, positives=(collection.passages[found],))
+    kept = [_judged(passage, 1.0) for passage in example.positives[: config.passages]]
+    kept += example.unjudged[: config.passages - len(kept)]
+    room = config.passages - len(kept)
+    drawn = min(room, config.random_negatives) if config.mine else 0
+    hard = best_negatives(
+        example, scores, collection, room - drawn, mine=config.mine, drop_answers=config.drop_answer_passages
+    )
+    random = random_negatives(example, collection, room - len(hard), hard, rng) if config.mine else []
+    given = {passage.content: passage for passage in example.negatives}
+    negatives = [given.get(collection.texts[index], collection.passages[index]) for index in hard]
+    return (
+        kept
+        + [_judged(passage, 0.0) for passage in negatives]
+        + [replace(collection.passages[index], relevance=0.0) for index in random]
+    )
+
+
+def _judged(passage: RowPassage, relevance: float) -> RowPassage:
+    """`passage` with its own relevance, or this one where it has none."""
+    return passage if passage.relevance is not None else replace(passage, relevance=relevance)

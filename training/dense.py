@@ -1,0 +1,94 @@
+"""Retrieval with embedding models from transformers: dense bi-encoders and SPLADE. Knows no examples and no rows."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from core.errors import BaseModelError, ConfigError
+from training.negatives import BM25Retriever, Retriever, Scores
+
+MAX_TOKENS = 256
+BATCH = 32
+
+
+def make_retriever(name: str, texts: Sequence[str]) -> Retriever:
+    """The retriever `bm25`, `dense:<model>` or `splade:<model>` over `texts`. Raises ConfigError, BaseModelError."""
+    kind, _, model = name.partition(":")
+    if kind == "bm25" and not model:
+        return BM25Retriever(texts)
+    if kind == "dense" and model:
+        return EmbeddingRetriever(DenseEncoder(model), texts)
+    if kind == "splade" and model:
+        return EmbeddingRetriever(SpladeEncoder(model), texts)
+    raise ConfigError(f"retriever: {name!r} is not bm25, dense:<model> or splade:<model>")
+
+
+class _Encoder:
+    """A transformers model in eval mode with its tokenizer."""
+
+    def __init__(self, auto: Any, model: str) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            self.model = auto.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"retriever model {model}: cannot be loaded: {error}") from None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+
+    def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The model's first output (B, T, ...) and the attention mask (B, T, 1) for a batch of texts."""
+        batch = self.tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = batch.to(self.device)
+        return self.model(**batch)[0], batch["attention_mask"].unsqueeze(-1)
+
+
+class DenseEncoder(_Encoder):
+    """Mean of the last hidden states, unit length (Reimers and Gurevych 2019): the dot product is the cosine."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(AutoModel, model)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, d) float32."""
+        hidden, mask = self.forward(texts)
+        mean = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)  # (B, d)
+        return torch.nn.functional.normalize(mean, dim=-1)
+
+
+class SpladeEncoder(_Encoder):
+    """Largest log(1 + relu(logit)) of each vocabulary word over the text (SPLADE v2, Formal et al. 2021, eq. 6)."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(AutoModelForMaskedLM, model)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(B, vocabulary) float32, nearly all zeros in a trained model."""
+        logits, mask = self.forward(texts)
+        return (torch.log1p(torch.relu(logits.float())) * mask).amax(dim=1)
+
+
+class EmbeddingRetriever:
+    """Dot products of queries with texts that were embedded once; SPLADE's wide vectors are kept sparse."""
+
+    def __init__(self, encode: DenseEncoder | SpladeEncoder, texts: Sequence[str]) -> None:
+        self._encode = encode
+        self._sparse = isinstance(encode, SpladeEncoder)
+        starts = tqdm(range(0, len(texts), BATCH), desc="embedding passages", disable=None)
+        parts = [self._embed(texts[start : start + BATCH]) for start in starts]
+        self._texts = torch.cat([part.to_sparse() for part in parts] if self._sparse else parts)  # (N, d)
+
+    def scores(self, queries: Sequence[str]) -> Iterator[Scores]:
+        """For each query its scores, float32 (N,)."""
+        for start in range(0, len(queries), BATCH):
+            embedded = self._embed(queries[start : start + BATCH])  # (B, d)
+            for scores in (self._texts @ embedded.T).T:  # (B, N)
+                yield np.asarray(scores.numpy(), dtype=np.float32)
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        return self._encode(texts).cpu()

@@ -1,0 +1,73 @@
+"""What a set of rows looks like, in numbers and as a table. Knows no files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.answer_match import answer_words, contains, words
+from training.data_format import Row
+from training.examples import POSITIVE_RELEVANCE
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatistics:
+    """rows, then means; `passage_words_95` is the 95th percentile, shares are of rows (0..1).
+
+    full              rows with as many passages as the largest row
+    answer_in_positive  rows with a positive that contains an answer
+    answer_elsewhere  rows with an answer in a passage that is no positive
+    """
+
+    rows: int
+    passages: float
+    positives: float
+    query_words: float
+    passage_words: float
+    passage_words_95: float
+    answer_words: float
+    full: float
+    answer_in_positive: float
+    answer_elsewhere: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows; a row has {self.passages:.1f} passages ({self.positives:.2f} positive, "
+            f"{self.full:.0%} of rows are full), {self.query_words:.1f} words in the query, "
+            f"{self.answer_words:.1f} in the answer; a passage has {self.passage_words:.0f} words "
+            f"(95 %: {self.passage_words_95:.0f}); an answer stands in a positive of {self.answer_in_positive:.1%} "
+            f"of rows, in another passage of {self.answer_elsewhere:.1%}"
+        )
+
+
+def describe(rows: Sequence[Row]) -> RowStatistics:
+    """Statistics of at least one row; ValueError for none."""
+    if not rows:
+        raise ValueError("there are no rows to describe")
+    counts = [len(row.passages) for row in rows]
+    lengths = [len(passage.content.split()) for row in rows for passage in row.passages]
+    in_positive, elsewhere = 0, 0
+    for row in rows:
+        sought = answer_words(row.answers)
+        found = {
+            (passage.relevance or 0.0) >= POSITIVE_RELEVANCE
+            for passage in row.passages
+            if contains(words(passage.content), sought)
+        }
+        in_positive += True in found
+        elsewhere += False in found
+    positives = [sum((p.relevance or 0.0) >= POSITIVE_RELEVANCE for p in row.passages) for row in rows]
+    return RowStatistics(
+        rows=len(rows),
+        passages=float(np.mean(counts)),
+        positives=float(np.mean(positives)),
+        query_words=float(np.mean([len(row.query.split()) for row in rows])),
+        passage_words=float(np.mean(lengths)),
+        passage_words_95=float(np.percentile(lengths, 95)),
+        answer_words=float(
+            np.mean([len(row.target.split()) if row.answers or row.teacher_answer else 0 for row in rows])
+        ),
+        full=float(np.mean([count == max(counts) for count in counts])),
+        answer_in_positive=in_positive / len(rows),
+        answer_elsewhere=elsewhere / len(rows),
+    )

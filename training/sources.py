@@ -1,0 +1,215 @@
+"""Where raw examples and passages come from: local JSONL, JSON, CSV, TSV and Parquet files, or public sets by name.
+
+Knows the layout of files, not what becomes of the examples.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from core.config import STRICT
+from core.errors import ConfigError
+from training.data_format import RowPassage, number_lines, parse_json_line, parse_passage
+from training.data_quality import DataError, ReadPolicy, ReadReport, RowError, parse_records
+from training.examples import Example, parse_example
+from training.public_sets import PUBLIC_SETS
+
+Limit = Annotated[int, Field(ge=1)] | None
+LIST_FIELDS = ("answers", "positives", "negatives", "passages")
+FIELDS = ("id", "query", "teacher_answer", "title", "text", *LIST_FIELDS)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """One set of examples.
+
+    path                     a file (.jsonl, .json, .csv, .tsv, .parquet; all but Parquet also with .gz) or the name
+                             of a public set
+    name                     put before its ids; empty: from the path
+    columns                  our field -> the file's column, for id, query, answers, positives, negatives, passages,
+                             teacher_answer, and for files with one passage a line title and text
+    split                    of a public set
+    limit, per_passage       at most so many examples in all, and of one positive passage
+    answer_in_passage        keep only examples with an answer that stands in a positive
+    max_answer_words         keep only examples whose first answer has at most so many words
+    """
+
+    path: str
+    name: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str = "train"
+    limit: Limit = None
+    per_passage: Limit = None
+    answer_in_passage: bool = False
+    max_answer_words: Limit = None
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.columns) - set(FIELDS)):
+            raise ValueError(f"columns: {', '.join(unknown)} is none of {', '.join(FIELDS)}")
+
+    @property
+    def label(self) -> str:
+        """What its ids begin with."""
+        return self.name or (self.path if self.path in PUBLIC_SETS else _stem(Path(self.path)))
+
+
+def read_examples(source: SourceConfig, policy: ReadPolicy) -> tuple[list[Example], ReadReport]:
+    """All good examples of a source and the report on the rest. Raises DataError, ConfigError."""
+    report = ReadReport(source.label)
+    if source.path in PUBLIC_SETS:
+        return read_records(source, load_public_set(source.path, source.split), policy)
+    parse = _parser(source, policy)
+    return list(parse_records(_numbered(Path(source.path)), parse, policy, report)), report
+
+
+def read_records(
+    source: SourceConfig, records: Iterable[dict[str, Any]], policy: ReadPolicy
+) -> tuple[list[Example], ReadReport]:
+    """As `read_examples`, from the records of a public set, counted from 1."""
+    report = ReadReport(source.label)
+    adapt = PUBLIC_SETS[source.path].adapt
+
+    def parse(numbered: tuple[int, dict[str, Any]]) -> Example:
+        number, record = numbered
+        return parse_example({"id": str(number), **_adapted(adapt, record)}, policy)
+
+    numbers = ((number, (number, record)) for number, record in enumerate(records, start=1))
+    return list(parse_records(numbers, parse, policy, report)), report
+
+
+def load_public_set(name: str, split: str) -> Iterable[dict[str, Any]]:
+    """Stream a public set from the hub, in its own order. Raises DataError where it cannot be had."""
+    import datasets  # here, because it is slow to import and only needed for public sets
+
+    public = PUBLIC_SETS[name]
+    try:
+        records: Iterable[dict[str, Any]] = datasets.load_dataset(
+            public.hub_id, public.configuration, split=split, streaming=True
+        )
+    except Exception as error:  # the hub's client raises many kinds; all of them mean that it cannot be had
+        raise DataError(f"{name} ({split}): cannot be loaded from the hub: {type(error).__name__}: {error}") from None
+    return records
+
+
+def read_collection(path: Path, policy: ReadPolicy) -> tuple[list[RowPassage], ReadReport]:
+    """The passages of a file with `text` and perhaps `title`; a passage's own `id` is kept. Raises DataError."""
+    report = ReadReport(path.name)
+    passages = []
+    for line, record in _numbered(path):
+        report.read += 1
+        try:
+            passages.append(parse_passage(_as_object(record), "passage", policy.max_passage_chars))
+            report.kept += 1
+        except RowError as error:
+            if policy.on_problem == "refuse":
+                raise DataError(f"{path.name}, line {line}: {error.kind}: {error}") from None
+            report.add(line, error)
+    return passages, report
+
+
+def _adapted(adapt: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """A record through its set's adapter; a column that is not there makes the record bad. Raises RowError."""
+    try:
+        values: dict[str, Any] = adapt(record)
+    except KeyError as error:
+        raise RowError("missing field", f"column {error} is missing") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RowError("wrong type", f"columns are not as documented: {error}") from None
+    return values
+
+
+def _parser(source: SourceConfig, policy: ReadPolicy) -> Any:
+    def parse(record: Any) -> Example:
+        values = _as_object(record)
+        if source.columns:
+            values = {**values, **{ours: values.get(theirs) for ours, theirs in source.columns.items()}}
+        return parse_example(_flat_fields(values), policy)
+
+    return parse
+
+
+def _as_object(record: Any) -> dict[str, Any]:
+    values = parse_json_line(record) if isinstance(record, bytes) else record
+    if not isinstance(values, dict):
+        raise RowError("broken line", "not an object")
+    return values
+
+
+def _flat_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """What flat tables say in one cell, as lists: JSON lists are parsed, a plain value is a list of one.
+
+    A `text` column (with `title`, if any) is the one positive passage.
+    """
+    values = dict(values)
+    for name in LIST_FIELDS:
+        value = values.get(name)
+        if isinstance(value, str):
+            values[name] = _cell_list(value)
+    if values.get("text") is not None and values.get("positives") is None and values.get("passages") is None:
+        values["positives"] = [{"text": values["text"], "title": values.get("title")}]
+    return values
+
+
+def _cell_list(cell: str) -> list[Any] | None:
+    if not cell.strip():
+        return None
+    if cell.lstrip().startswith("["):
+        try:
+            parsed = json.loads(cell)
+        except ValueError:
+            return [cell]
+        return parsed if isinstance(parsed, list) else [cell]
+    return [cell]
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
+    """`(line or record number, raw record)` of a local file; a record without an id gets its number as id."""
+    suffix = _suffix(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file, and none of the public sets {', '.join(PUBLIC_SETS)}")
+    if suffix == ".jsonl":
+        return number_lines(path)
+    try:
+        records = _read_table(path, suffix)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path.name}: cannot be read: {error}") from None
+    return ((number, _with_id(record, number)) for number, record in records)
+
+
+def _read_table(path: Path, suffix: str) -> list[tuple[int, Any]]:
+    """A whole JSON, CSV, TSV or Parquet file as `(number, record)`; CSV counts lines, the others records."""
+    if suffix == ".parquet":
+        import pyarrow.parquet  # type: ignore[import-untyped]  # ships no types; here, because only Parquet needs it
+
+        return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        if suffix == ".json":
+            records = json.load(file)
+            if not isinstance(records, list):
+                raise ValueError("the file is not a JSON list")
+            return list(enumerate(records, start=1))
+        reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        return [(reader.line_num, record) for record in reader]
+
+
+def _with_id(record: Any, number: int) -> Any:
+    return {"id": str(number), **record} if isinstance(record, dict) else record
+
+
+def _suffix(path: Path) -> str:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: not a public set ({', '.join(PUBLIC_SETS)}) nor a file ({', '.join(SUFFIXES)})")
+    return suffix
+
+
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix == ".gz" else path.stem
