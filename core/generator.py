@@ -32,7 +32,7 @@ class Generator(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+        self.hidden_size = self._embedding_weight.shape[1]
         self.eos_ids = _eos_ids(model, tokenizer)
         self.max_tokens: int = getattr(model.config, "max_position_embeddings", None) or 2**31
 
@@ -48,7 +48,8 @@ class Generator(nn.Module):
 
     @property
     def _embedding_weight(self) -> Tensor:
-        weight: Tensor = self.model.get_input_embeddings().weight
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)  # every causal model of transformers keeps one table
         return weight
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -74,9 +75,25 @@ class Generator(nn.Module):
         # (B, T, 1) broadcasts over d: masked_scatter fills true places in row-major order.
         return embeddings.masked_scatter(memory_mask.unsqueeze(-1), memory.to(embeddings.dtype))
 
+    def hidden_states(
+        self, embeddings: Tensor, *, mask: Tensor | dict[str, Tensor] | None, positions: Tensor, cache: object
+    ) -> Tensor:
+        """Final hidden states `(B, T, d)` of `embeddings` `(B, T, d)`, past keys and values in `cache`.
+
+        mask       additive `(B, 1, T, K)`, by kind of layer where the model mixes them; None: causal
+        positions  (B, T) or (1, T) int64
+        """
+        decoder = self.model.get_decoder()
+        output = decoder(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
     def next_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits `(n, V)` of final hidden states `(n, d)`: the head runs where a token is wanted only."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs has no types
+        logits: Tensor = head(hidden)
         return logits
 
 
@@ -99,7 +116,8 @@ def load_generator(
     unknown = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_KINDS
     if unknown:
         raise BaseModelError(f"{base.name} has layers of kind {', '.join(sorted(unknown))}, which cannot be served")
-    return Generator(model.to(device).eval().requires_grad_(False), tokenizer)
+    generator = Generator(model, tokenizer).to(device)
+    return generator.eval().requires_grad_(False)
 
 
 @torch.no_grad()

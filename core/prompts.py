@@ -8,10 +8,12 @@ caller spells out in a passage or a question stay plain text.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from core.config import PromptConfig
@@ -20,7 +22,7 @@ from core.tokenization import encode, leading_special_ids
 SYSTEM, USER, ASSISTANT = "\ue000system\ue001", "\ue000user\ue001", "\ue000assistant\ue001"
 MEMORY_ID = 0  # stands at memory positions: its embedding is overwritten, so any id of the vocabulary would do
 # Templates that print today's date (Llama 3) or think aloud (Qwen 3) are held to one short, reproducible form.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self._head, self._tail, self.end_id = _chat_segments(tokenizer, config.system)
         self._background = encode(tokenizer, "Background:").ids
-        self._question = encode(tokenizer, "\nQuestion:").ids
+        self._question = encode(tokenizer, "\nQuestion: ").ids
         self._labels: dict[int, list[int]] = {}
 
     def layout(self, query: str, blocks: Iterable[Sequence[int] | int]) -> Layout:
@@ -89,7 +91,7 @@ class PromptTemplate:
                 ids += repeat(MEMORY_ID, block)
             else:
                 ids += block
-        ids += self._question + encode(self.tokenizer, f" {query}").ids + self._tail
+        ids += self._question + encode(self.tokenizer, query).ids + self._tail
         mask = torch.zeros(len(ids), dtype=torch.bool)
         for start, end in spans:
             mask[start:end] = True
@@ -111,6 +113,16 @@ class PromptTemplate:
         if number not in self._labels:
             self._labels[number] = encode(self.tokenizer, f"\n[{number}] ").ids
         return self._labels[number]
+
+
+def stack_prompts(prompts: Sequence[Prompt]) -> Prompt:
+    """One batch of `prompts`, padded on the right: ids and memory_mask `(B, T)`, memory `(sum of M, d)`."""
+    memories = [prompt.memory for prompt in prompts if prompt.memory.shape[0]]
+    return Prompt(
+        pad_sequence([prompt.ids for prompt in prompts], batch_first=True),
+        pad_sequence([prompt.memory_mask for prompt in prompts], batch_first=True),
+        torch.cat(memories) if memories else torch.zeros(0, 0),
+    )
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
