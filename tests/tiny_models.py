@@ -10,21 +10,17 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
-    BertModel,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     ModernBertConfig,
-    ModernBertModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 TEXT = """
@@ -70,7 +66,7 @@ def build_llama(folder: Path) -> Path:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
     )
-    return _causal(folder, LlamaConfig, LlamaForCausalLM, tokenizer, CHATML, tied=True, seed=1)
+    return _causal(folder, LlamaConfig, tokenizer, CHATML, tied=True, seed=1)
 
 
 def build_mistral(folder: Path) -> Path:
@@ -78,7 +74,7 @@ def build_mistral(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(CAUSAL_SPECIALS, prefix="<s>"), bos_token="<s>", eos_token="</s>"
     )
-    return _causal(folder, MistralConfig, MistralForCausalLM, tokenizer, MISTRAL_TEMPLATE, tied=False, seed=2)
+    return _causal(folder, MistralConfig, tokenizer, MISTRAL_TEMPLATE, tied=False, seed=2)
 
 
 def build_qwen2(folder: Path) -> Path:
@@ -86,7 +82,7 @@ def build_qwen2(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(CAUSAL_SPECIALS), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    return _causal(folder, Qwen2Config, Qwen2ForCausalLM, tokenizer, CHATML, tied=True, seed=3)
+    return _causal(folder, Qwen2Config, tokenizer, CHATML, tied=True, seed=3)
 
 
 def build_qwen3(folder: Path) -> Path:
@@ -94,15 +90,12 @@ def build_qwen3(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(CAUSAL_SPECIALS), eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-    return _causal(folder, Qwen3Config, Qwen3ForCausalLM, tokenizer, CHATML, tied=False, seed=4)
+    return _causal(folder, Qwen3Config, tokenizer, CHATML, tied=False, seed=4)
 
 
 def build_modernbert(folder: Path) -> Path:
     """ModernBERT: rotary positions, one global and two local layers, byte-level BPE between [CLS] and [SEP]."""
     tokenizer = _encoder_tokenizer(_byte_level_bpe(ENCODER_SPECIALS, prefix="[CLS]", suffix="[SEP]"))
-    special = dict(
-        zip(("pad", "cls", "sep"), tokenizer.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]"]), strict=True)
-    )
     config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -111,14 +104,14 @@ def build_modernbert(folder: Path) -> Path:
         num_attention_heads=4,
         max_position_embeddings=1024,
         local_attention=32,
-        pad_token_id=special["pad"],
-        bos_token_id=special["cls"],
-        cls_token_id=special["cls"],
-        eos_token_id=special["sep"],
-        sep_token_id=special["sep"],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        sep_token_id=tokenizer.sep_token_id,
         initializer_range=0.1,
     )
-    return _save(folder, config, ModernBertModel, tokenizer, seed=5)
+    return _save(folder, config, AutoModel.from_config, tokenizer, seed=5)
 
 
 def build_bert(folder: Path) -> Path:
@@ -134,13 +127,12 @@ def build_bert(folder: Path) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,
     )
-    return _save(folder, config, BertModel, tokenizer, seed=6)
+    return _save(folder, config, AutoModel.from_config, tokenizer, seed=6)
 
 
 def _causal(
     folder: Path,
-    config_class: type[PretrainedConfig],
-    model_class: Callable[[PretrainedConfig], PreTrainedModel],
+    config_class: Callable[..., PretrainedConfig],
     tokenizer: PreTrainedTokenizerFast,
     chat_template: str,
     *,
@@ -163,20 +155,20 @@ def _causal(
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,  # wide enough that the greedy choice is clear of rounding
     )
-    return _save(folder, config, model_class, tokenizer, seed=seed)
+    return _save(folder, config, AutoModelForCausalLM.from_config, tokenizer, seed=seed)
 
 
 def _save(
     folder: Path,
     config: PretrainedConfig,
-    model_class: Callable[[PretrainedConfig], PreTrainedModel],
+    build: Callable[[PretrainedConfig], PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
 ) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = build(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -224,8 +224,10 @@ def test_smollm2_answers_a_chat_prompt(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     question = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
-    answer = output[0, prompt["input_ids"].shape[1] :]
+    prompt = tokenizer(tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False))
+    ids = torch.tensor([prompt.input_ids])  # (1, prompt)
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[
+        0, ids.numel() :
+    ]
     assert "Paris" in tokenizer.decode(answer)
     assert int(answer[-1]) == tokenizer.eos_token_id
