@@ -92,7 +92,7 @@ class Generator(nn.Module):
 
     def next_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits `(n, V)` of final hidden states `(n, d)`: the head runs where a token is wanted only."""
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # theirs has no types
+        head: nn.Module = self.model.get_output_embeddings()
         logits: Tensor = head(hidden)
         return logits
 

@@ -1,0 +1,265 @@
+"""Continuous batching: sequences join and leave a running batch between tokens. Knows no passages and no requests.
+
+The idea is Orca's iteration-level scheduling (OSDI 2022, sec. 3.1) over static slots: live sequences always stand in
+the first rows, so a step is one forward pass over views of the slots, and no row costs another anything but time.
+"""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from core.errors import CancelledError, OverloadedError, TooLargeError
+from core.generator import Generator
+from core.kv_slots import AttentionMasks, KVSlots
+from core.prompts import Prompt, stack_prompts
+from core.rows import plan_batches
+from core.sampling import GenerationOptions, RowSampler
+from core.text_stream import TextStream
+
+MAX_PREFILL_TOKENS = 4096  # padded positions of one prefill pass; a longer prompt gets a pass of its own
+
+FinishReason = Literal["stop", "length"]
+ShouldCancel = Callable[[], bool]
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One answer that is being written. Made by `DecodeBatch.add`.
+
+    max_new_tokens  what its options and the batch's room allow
+    token_ids       tokens written so far, with the end-of-turn token
+    row             where it stands in the batch; -1 once it has left
+    """
+
+    options: GenerationOptions
+    prompt_tokens: int
+    max_new_tokens: int
+    stream: TextStream
+    row: int = -1
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One new token of one sequence: `text` is what it adds to the answer, perhaps nothing."""
+
+    sequence: Sequence
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer; `token_ids` has the end-of-turn token where the model wrote it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+class DecodeBatch:
+    """A running batch of at most `max_sequences` sequences of at most `max_tokens` tokens, prompt and answer.
+
+    Not thread-safe: one thread drives it. If `add` or `step` raises, the sequences that were live still are, as they
+    were before the call, and it can be called again.
+    """
+
+    def __init__(self, generator: Generator, max_sequences: int, max_tokens: int) -> None:
+        self.generator = generator
+        self.max_sequences = max_sequences
+        self.max_tokens = min(max_tokens, generator.max_tokens)
+        config = generator.model.config
+        self._cache = KVSlots(config.num_hidden_layers, max_sequences, self.max_tokens)
+        self._masks = AttentionMasks(config, generator.dtype)
+        self._sampler = RowSampler(max_sequences, self.max_tokens, config.vocab_size, generator.device, generator.dtype)
+        self._sequences: list[Sequence] = []  # by row: first those that decode, then those only prefilled yet
+        self._decoding = 0  # the first rows, whose newest token awaits its forward pass; the others have logits
+
+    @property
+    def live(self) -> int:
+        """Sequences in the batch."""
+        return len(self._sequences)
+
+    @property
+    def free_slots(self) -> int:
+        """Sequences that can still join."""
+        return self.max_sequences - self.live
+
+    @torch.inference_mode()
+    def add(self, prompts: Many[Prompt], options: Many[GenerationOptions]) -> list[Sequence]:
+        """Prefill `prompts` and let them join; the next `step` gives the first token of each.
+
+        Raises OverloadedError where slots are missing, TooLargeError where a prompt leaves no room for an answer.
+        """
+        if len(prompts) > self.free_slots:
+            raise OverloadedError(f"{len(prompts)} sequences need a slot; {self.free_slots} are free", retry_after_s=0)
+        sequences = [self._sequence(*pair) for pair in zip(prompts, options, strict=True)]
+        before = self.live
+        room = max((sequence.prompt_tokens + sequence.max_new_tokens for sequence in sequences), default=0)
+        self._cache.reserve(before + len(prompts), room)
+        try:
+            for indices in plan_batches([prompt.tokens for prompt in prompts], MAX_PREFILL_TOKENS):
+                self._prefill([prompts[i] for i in indices], [sequences[i] for i in indices])
+        except BaseException:
+            del self._sequences[before:]
+            raise
+        return sequences
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One token for every live sequence, in one forward pass; those that finish leave."""
+        if self._decoding:
+            self._decode(self._decoding)
+            self._decoding = 0
+        if not self.live:
+            return []
+        tokens = self._sampler.sample(self.live).tolist()
+        self._decoding = self.live
+        events = [self._advance(sequence, token) for sequence, token in zip(self._sequences, tokens, strict=True)]
+        for event in reversed(events):  # from the last row on, so that fewer rows move
+            if event.finish_reason:
+                self._release(event.sequence)
+        return events
+
+    @torch.inference_mode()
+    def cancel(self, sequence: Sequence) -> None:
+        """Take `sequence` out and free its slot; nothing happens where it has left already."""
+        if sequence.row >= 0:
+            self._release(sequence)
+
+    def _sequence(self, prompt: Prompt, options: GenerationOptions) -> Sequence:
+        limit = self.max_tokens - 1
+        if prompt.tokens > limit:
+            raise TooLargeError("passages", f"the prompt has {prompt.tokens} tokens; at most {limit} fit", limit)
+        stream = TextStream(self.generator.tokenizer, options.stop)
+        return Sequence(options, prompt.tokens, min(options.max_new_tokens, self.max_tokens - prompt.tokens), stream)
+
+    def _prefill(self, prompts: list[Prompt], sequences: list[Sequence]) -> None:
+        """One forward pass over whole prompts, into the rows behind the live ones."""
+        generator, first, device = self.generator, self.live, self.generator.device
+        batch = stack_prompts(prompts)
+        ids, memory_mask = batch.ids.to(device), batch.memory_mask.to(device)  # (B, T) each
+        embeddings = generator.splice(ids, memory_mask, batch.memory.to(device))  # (B, T, d)
+        length = ids.shape[1]
+        self._cache.begin_prefill(first)
+        hidden = generator.hidden_states(
+            embeddings,
+            mask=self._masks.prefill(length, device),
+            positions=torch.arange(length, device=device)[None],
+            cache=self._cache,
+        )
+        lengths = [prompt.tokens for prompt in prompts]
+        ends = torch.tensor(lengths, device=device) - 1
+        logits = generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])  # (B, V)
+        self._sampler.join(first, logits, lengths, [sequence.options for sequence in sequences])
+        for row, sequence in enumerate(sequences, start=first):
+            sequence.row = row
+        self._sequences += sequences
+
+    def _decode(self, rows: int) -> None:
+        """One forward pass over the newest token of the first `rows` rows; their next logits."""
+        positions = self._sampler.positions[:rows]  # (n,)
+        width = max(sequence.tokens for sequence in self._sequences[:rows])
+        self._cache.begin_decode(positions, width)
+        hidden = self.generator.hidden_states(
+            self.generator.embed(self._sampler.tokens[:rows, None]),  # (n, 1, d)
+            mask=self._masks.decode(positions, width),
+            positions=positions[:, None],
+            cache=self._cache,
+        )
+        self._sampler.advance(self.generator.next_logits(hidden[:, 0]))
+
+    def _advance(self, sequence: Sequence, token_id: int) -> Event:
+        stream = sequence.stream
+        sequence.token_ids.append(token_id)
+        ended = token_id in self.generator.eos_ids
+        text = "" if ended else stream.push(token_id)
+        if ended or stream.stopped or len(sequence.token_ids) >= sequence.max_new_tokens:
+            text += stream.finish()
+            sequence.finish_reason = "stop" if ended or stream.stopped else "length"
+        return Event(sequence, token_id, text, sequence.finish_reason)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Free a row; the last rows move up, so that decoding rows, then prefilled ones, stay without a hole."""
+        hole = sequence.row
+        if hole < self._decoding:
+            self._decoding -= 1
+            self._move(self._decoding, hole)
+            hole = self._decoding
+        self._move(self.live - 1, hole)
+        self._sequences.pop()
+        sequence.row = -1
+
+    def _move(self, source: int, target: int) -> None:
+        if source == target:
+            return
+        sequence = self._sequences[source]
+        self._cache.move(source, target, sequence.tokens)
+        self._sampler.move(source, target)
+        self._sequences[target] = sequence
+        sequence.row = target
+
+
+def generate(
+    generator: Generator,
+    prompts: Many[Prompt],
+    options: Many[GenerationOptions],
+    *,
+    max_sequences: int = 16,
+    should_cancel: ShouldCancel | None = None,
+) -> list[Completion]:
+    """Answer every prompt, at most `max_sequences` at a time, with one `options` each.
+
+    `should_cancel` is asked before every token. Raises CancelledError once it says so, and what `DecodeBatch.add` does.
+    """
+    if len(prompts) != len(options):
+        raise ValueError(f"{len(prompts)} prompts came with {len(options)} options")
+    batch = DecodeBatch(generator, max(1, min(max_sequences, len(prompts))), _room(prompts, options))
+    texts: list[list[str]] = [[] for _ in prompts]
+    sequences: list[Sequence] = []
+    index: dict[Sequence, int] = {}
+    while len(sequences) < len(prompts) or batch.live:
+        _raise_if(should_cancel)
+        joining = slice(len(sequences), len(sequences) + batch.free_slots)
+        for sequence in batch.add(prompts[joining], options[joining]):
+            index[sequence] = len(sequences)
+            sequences.append(sequence)
+        for event in batch.step():
+            texts[index[event.sequence]].append(event.text)
+    return [
+        Completion("".join(text), sequence.token_ids, sequence.finish_reason)
+        for text, sequence in zip(texts, sequences, strict=True)
+        if sequence.finish_reason is not None  # true of each: the batch is empty
+    ]
+
+
+def stream(
+    generator: Generator, prompt: Prompt, options: GenerationOptions, *, should_cancel: ShouldCancel | None = None
+) -> Iterator[Event]:
+    """Answer one prompt token by token; the events' texts, joined, are what `generate` gives. Raises as it does."""
+    batch = DecodeBatch(generator, 1, _room([prompt], [options]))
+    _raise_if(should_cancel)
+    batch.add([prompt], [options])
+    while batch.live:
+        _raise_if(should_cancel)
+        yield from batch.step()
+
+
+def _room(prompts: Many[Prompt], options: Many[GenerationOptions]) -> int:
+    """Tokens of the longest sequence there can be."""
+    return max((prompt.tokens + each.max_new_tokens for prompt, each in zip(prompts, options, strict=True)), default=1)
+
+
+def _raise_if(should_cancel: ShouldCancel | None) -> None:
+    if should_cancel is not None and should_cancel():
+        raise CancelledError("generation was cancelled")

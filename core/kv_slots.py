@@ -1,0 +1,144 @@
+"""Keys and values of many sequences in static slots, in the shape of transformers' `Cache`. Knows no sequences.
+
+Row i of a forward pass reads and writes slot i, so live sequences must stand in the first slots. A prefill writes
+positions [0, T) of its slots, padding and all; a decode step writes one position of each slot and attends to the
+slots where they lie. Nothing is allocated or copied from step to step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+CAPACITY_STEP = 128  # positions; capacity grows to a multiple of this, and at least doubles
+
+
+class KVSlots:
+    """Per layer, keys and values `(slots, kv_heads, capacity, head_dim)`; transformers' attention calls `update`.
+
+    slots, capacity  allocated so far; `reserve` grows them, up to `max_slots` and `max_capacity`
+    """
+
+    is_compileable = False
+
+    def __init__(self, layers: int, max_slots: int, max_capacity: int) -> None:
+        self.slots = 0
+        self.capacity = 0
+        self._max = (max_slots, max_capacity)
+        self._keys: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers
+        self._first = 0  # of a prefill: its first slot
+        self._positions: Tensor | None = None  # (n,) int64 of a decode step: where each row writes; None: prefill
+        self._rows = torch.empty(0, dtype=torch.int64)  # of a decode step: 0 .. n - 1
+        self._width = 0  # of a decode step: positions that are attended to
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for `slots` sequences of `capacity` positions; grows in big steps and keeps what is there."""
+        if slots > self.slots:
+            self.slots = min(max(slots, 2 * self.slots), self._max[0])
+        if capacity > self.capacity:
+            stepped = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            self.capacity = min(max(stepped, 2 * self.capacity), self._max[1])
+        for tensors in (self._keys, self._values):
+            for layer, old in enumerate(tensors):
+                if old is not None and (old.shape[0], old.shape[2]) != (self.slots, self.capacity):
+                    tensors[layer] = self._grown(old)
+
+    def begin_prefill(self, first: int) -> None:
+        """The next forward pass writes whole prompts to the slots from `first` on."""
+        self._first, self._positions = first, None
+
+    def begin_decode(self, positions: Tensor, width: int) -> None:
+        """The next forward pass writes one token a row at `positions` `(n,)` and reads positions [0, width)."""
+        self._positions, self._width = positions, width
+        self._rows = torch.arange(len(positions), device=positions.device)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` over those of `target`."""
+        for tensor in (*self._keys, *self._values):
+            if tensor is not None:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values `(n, kv_heads, T, head_dim)`; returns what to attend to.
+
+        A prefill attends to what it brought; a decode step (T = 1) to `(n, kv_heads, width, head_dim)` of its slots.
+        """
+        stored = (self._store(self._keys, layer_idx, keys), self._store(self._values, layer_idx, values))
+        if self._positions is None:
+            return keys, values
+        n = len(self._positions)
+        return stored[0][:n, :, : self._width], stored[1][:n, :, : self._width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before a prefill's first: none. Decode steps bring their own positions and masks."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As `get_seq_length`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys a prefill attends to: its own."""
+        return query_length, 0
+
+    def _store(self, tensors: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
+        tensor = tensors[layer]
+        if tensor is None:
+            # Zeros, not empty: a masked position still enters the sum with weight 0, and 0 * NaN is NaN.
+            _, heads, _, head_dim = new.shape
+            tensor = tensors[layer] = new.new_zeros(self.slots, heads, self.capacity, head_dim)
+        if self._positions is None:
+            tensor[self._first : self._first + new.shape[0], :, : new.shape[2]] = new
+        else:
+            tensor[self._rows, :, self._positions] = new[:, :, 0]  # (n, kv_heads, head_dim)
+        return tensor
+
+    def _grown(self, old: Tensor) -> Tensor:
+        slots, heads, capacity, head_dim = old.shape
+        new = old.new_zeros(self.slots, heads, self.capacity, head_dim)
+        new[:slots, :, :capacity] = old
+        return new
+
+
+class AttentionMasks:
+    """Additive attention masks for the kinds of layers a model has, sliding windows honoured.
+
+    transformers takes a ready 4-D mask as it is, and a dict of them where the model mixes kinds of layers.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        self._kinds: frozenset[str] = frozenset(kinds or ())
+        self._window: int | None = window if not kinds or "sliding_attention" in kinds else None
+        self._dtype = dtype
+
+    def prefill(self, length: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+        """Of a right-padded batch of `length` positions, `(1, 1, T, T)`; None where plain causal attention will do.
+
+        Causal attention never looks right, so padding needs no mask.
+        """
+        if self._window is None or length <= self._window:
+            return None
+        positions = torch.arange(length, device=device)
+        return self._build(positions[None], length)
+
+    def decode(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """Of one token a row at `positions` `(n,)` over slots cut to `width`: `(n, 1, 1, width)`."""
+        return self._build(positions[:, None], width)
+
+    def _build(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """Masks `(B, 1, T, width)` of queries at `positions` `(B, T)`."""
+        distance = positions[:, None, :, None] - torch.arange(width, device=positions.device)  # (B, 1, T, width)
+        full = distance >= 0
+        sliding = full if self._window is None else full & (distance < self._window)
+        if self._kinds:
+            by_kind = {"full_attention": full, "sliding_attention": sliding}
+            return {kind: self._additive(by_kind[kind]) for kind in self._kinds}
+        return self._additive(sliding)
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=self._dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
