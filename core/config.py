@@ -8,7 +8,7 @@ import json
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from core.errors import ConfigError
@@ -89,10 +89,19 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GeneratorConfig:
-    """The causal language model that answers; `lora` is null where the base model is used as it is."""
+    """The causal language model that answers.
+
+    lora      the adapter's settings; null where the base model is used as it is
+    merged    the checkpoint holds all of the generator, adapter merged in, and needs no base model
+    """
 
     base_model: str = "smollm2-135m"
     lora: LoraConfig | None = None
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.merged and self.lora is not None:
+            raise ValueError("merged: a merged generator has no adapter of its own; lora must be null")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -118,8 +127,8 @@ class RelevanceConfig:
     threshold       best calibrated relevance below which the question counts as not answerable; null: not calibrated
     """
 
-    scale: float = 1.0
-    bias: float = 0.0
+    scale: FiniteFloat = 1.0
+    bias: FiniteFloat = 0.0
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
 

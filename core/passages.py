@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,15 +73,15 @@ def chunk_passage(
     spans = np.asarray(tokens.spans, dtype=np.int64)  # (T, 2)
     starts = np.maximum.accumulate(spans[:, 0])
     # The compressor tokens before generator token t, by where they begin; one entry more for the end.
-    compressor_starts = np.asarray([start for start, _ in compressor.spans], dtype=np.int64)
+    compressor_starts = np.maximum.accumulate(np.asarray([start for start, _ in compressor.spans], dtype=np.int64))
     before = np.append(np.searchsorted(compressor_starts, starts), len(compressor.ids))
     if same:
         before = np.arange(len(tokens.ids) + 1)
     cuts = [0, *_cuts(content, spans, before, chunk_tokens), len(tokens.ids)]
     fallback = compressor_tokenizer.unk_token_id or 0
     return [
-        _chunk(index, content, tokens, compressor, before, first, last, fallback)
-        for first, last in zip(cuts, cuts[1:], strict=False)
+        _chunk(index, content, tokens, compressor, before, chunk_tokens, first, last, fallback)
+        for first, last in pairwise(cuts)
     ]
 
 
@@ -91,7 +92,8 @@ def _cuts(content: str, spans: Indices, before: Indices, budget: int) -> Iterato
     whole = np.append(spans[1:, 0] >= spans[:-1, 1], True)  # whole[t]: a cut after token t is clean
     clean = np.flatnonzero(whole) + 1
     sentence_ends = np.asarray([match.end() for match in SENTENCE_END.finditer(content)], dtype=np.int64)
-    sentences = np.intersect1d(np.searchsorted(spans[:, 1], sentence_ends, side="right"), clean)
+    ends = np.maximum.accumulate(spans[:, 1])
+    sentences = np.intersect1d(np.searchsorted(ends, sentence_ends, side="right"), clean)
     spaces = np.asarray([content[s - 1 : s + 1].strip() != content[s - 1 : s + 1] for s in spans[:, 0]])
     words = np.intersect1d(np.flatnonzero(spaces), clean)
     first = 0
@@ -100,7 +102,9 @@ def _cuts(content: str, spans: Indices, before: Indices, budget: int) -> Iterato
         limit = min(first + budget, by_compressor, total - 1)
         chunks_left = -(-max(total - first, int(before[total] - before[first])) // budget)
         target = first + (total - first) / chunks_left
-        first = _best_cut((sentences, words, clean), first, limit, target, total - (chunks_left - 1) * budget)
+        room = (chunks_left - 1) * budget  # what the chunks behind this one can hold, in either kind of token
+        at_least = max(total - room, int(np.searchsorted(before, before[total] - room)))
+        first = _best_cut((sentences, words, clean), first, limit, target, at_least)
         yield first
 
 
@@ -123,13 +127,16 @@ def _chunk(
     tokens: Tokens,
     compressor: Tokens,
     before: Indices,
+    budget: int,
     first: int,
     last: int,
     fallback: int,
 ) -> Chunk:
     spans = tokens.spans[first:last]
-    ids = compressor.ids[before[first] : before[last]]
-    ends = np.maximum.accumulate([end for _, end in compressor.spans[before[first] : before[last]]] or [0])
+    # One generator token (a rule of 100 dashes) can be more compressor tokens than the budget: the rest goes unread.
+    read = slice(before[first], min(before[last], before[first] + budget))
+    ids = compressor.ids[read]
+    ends = np.maximum.accumulate([end for _, end in compressor.spans[read]] or [0])
     covering = np.searchsorted(ends, [start for start, _ in spans], side="right")
     if compressor is tokens:
         covering = np.arange(len(spans))

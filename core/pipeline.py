@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,14 +86,19 @@ class Answer:
 
 
 def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRequest:
-    """Tokenise and chunk one request. Raises InvalidInputError for an empty query, no passages or an empty one.
+    """Tokenise and chunk one request.
 
+    Raises InvalidInputError for an empty query, no passages, an empty passage, or a lone surrogate in any text.
     A query over the compressor's query budget is read from its end there; the generator always reads all of it.
     """
     if not query.strip():
         raise InvalidInputError("query", "is empty")
     if not passages:
         raise InvalidInputError("passages", "is empty: give at least one")
+    _require_encodable("query", query)
+    for index, passage in enumerate(passages):
+        _require_encodable(f"passages.{index}.title", passage.title)
+        _require_encodable(f"passages.{index}.text", passage.text)
     config = model.config.compressor
     chunks = [
         chunk
@@ -105,13 +111,20 @@ def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRe
     return PreparedRequest(query, tuple(passages), query_ids, tuple(chunks))
 
 
+def _require_encodable(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInputError(field, "holds half of a surrogate pair, which is no character") from None
+
+
 def rows_of(model: Model, request: PreparedRequest, rate: int | None = None) -> list[ChunkRow]:
     """The request's rows of compressor input, one a chunk, at one of the checkpoint's rates (default: its first).
 
     Raises InvalidInputError for a rate the checkpoint was not trained for.
     """
     config = model.config.compressor
-    rate = rate or config.rates[0]
+    rate = config.rates[0] if rate is None else rate
     if rate not in config.rates:
         raise InvalidInputError("rate", f"must be one of {', '.join(map(str, config.rates))}")
     return [
@@ -178,7 +191,8 @@ def choose_modes(
     """How each passage reaches the generator, in the caller's order: `text` or `compressed`."""
     if mode != "hybrid":
         return [mode] * len(compressed)
-    shown = set(rerank(compressed)[: hybrid_top or model.config.prompt.hybrid_top])
+    top = model.config.prompt.hybrid_top if hybrid_top is None else hybrid_top
+    shown = set(rerank(compressed)[:top])
     return ["text" if passage.index in shown else "compressed" for passage in compressed]
 
 
@@ -208,8 +222,7 @@ def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
 
 def text_prompt_tokens(model: Model, request: PreparedRequest) -> int:
     """Prompt tokens if every passage were text: what the request would cost uncompressed."""
-    blocks = [Block(text_ids=ids, memory=None) for ids in passage_text_ids(request)]
-    return len(model.template.build(request.query, blocks).ids)
+    return len(model.template.layout(request.query, passage_text_ids(request)).ids)
 
 
 def answer(
@@ -230,7 +243,8 @@ def answer(
     prompt = build_prompt(model, request, compressed, modes)
     completion = generate(model.generator, [prompt], [options or GenerationOptions()])[0]
     marks.append(time.perf_counter())
-    stages = dict(zip(("prepare", "compress", "generate"), (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    stages = zip(("prepare", "compress", "generate"), pairwise(marks), strict=True)
+    timings_ms = {name: 1000 * (end - begin) for name, (begin, end) in stages}
     return Answer(
         text=completion.text,
         finish_reason=completion.finish_reason,
@@ -239,5 +253,5 @@ def answer(
         text_tokens=text_prompt_tokens(model, request),
         prompt_tokens=len(prompt.ids),
         completion_tokens=len(completion.token_ids),
-        timings_ms={name: 1000 * seconds for name, seconds in stages.items()} | {"total": 1000 * (marks[-1] - marks[0])},
+        timings_ms=timings_ms | {"total": 1000 * (marks[-1] - marks[0])},
     )

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.config import CompressorConfig
 from core.passages import Chunk
-from core.tokenization import encode, leading_special_ids
+from core.tokenization import encode, leading_special_ids, pair_special_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,8 @@ def causal_row_format(tokenizer: PreTrainedTokenizerBase, config: CompressorConf
 
 def encoder_row_format(tokenizer: PreTrainedTokenizerBase, config: CompressorConfig) -> RowFormat:
     """Row format of an encoder: `[CLS] first [SEP] second [SEP]`, the tokenizer's own pair format."""
-    head = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else leading_special_ids(tokenizer)
-    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    between = [separator] if separator is not None else []
-    return RowFormat(head, between, between, config.order == "query_first")
+    head, joint, tail = pair_special_ids(tokenizer)
+    return RowFormat(head, joint, tail, config.order == "query_first")
 
 
 def collate_rows(

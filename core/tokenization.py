@@ -28,13 +28,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Set once, here: changing them per call is not thread-safe, and sentence encoders ship with both switched on.
     backend.no_truncation()
     backend.no_padding()
-    return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
+    backend.encode_special_tokens = True  # control tokens spelled out in a text stay text
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     """Tokens of `text` alone: nothing added, nothing cut, and control tokens spelled out in it stay plain text."""
     backend = tokenizer.backend_tokenizer
-    if not backend.encode_special_tokens:
+    if not backend.encode_special_tokens:  # a chat template's own words were tokenised last
         backend.encode_special_tokens = True
     encoding = backend.encode(text, add_special_tokens=False)
     return Tokens(encoding.ids, encoding.offsets)
@@ -42,5 +43,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids this tokenizer puts before any text (a BOS token, or none)."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return [int(token) for token in ids if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
+    ids = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    return [token for token in ids if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id]
+
+
+def pair_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """The ids this tokenizer puts before, between and after a pair of texts (`[CLS] A [SEP] B [SEP]`, or none)."""
+    encoding = tokenizer.backend_tokenizer.encode("a", "b", add_special_tokens=True)
+    texts = encoding.sequence_ids  # 0 and 1 at the texts' own tokens, None at those added
+    first, second = texts.index(0), texts.index(1)
+    first_end, second_end = len(texts) - texts[::-1].index(0), len(texts) - texts[::-1].index(1)
+    return encoding.ids[:first], encoding.ids[first_end:second], encoding.ids[second_end:]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.config import CompressorConfig
@@ -30,7 +31,7 @@ class Compressor(nn.Module):
     """Reads `[query][chunk][MEM_1..MEM_l][RR]` and writes memory embeddings and a relevance score in one pass.
 
     The slots are parameters of their own (OSCAR sec. 3.1 and 4.4), so no vocabulary is resized: `slots` is
-    (max_memory_tokens + 1, width) with [RR] last. Subclasses give the backbone and its row format.
+    (max_memory_tokens + 1, embedding width) with [RR] last. Subclasses give the backbone and its row format.
     """
 
     def __init__(
@@ -47,19 +48,30 @@ class Compressor(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.row_format = row_format
-        self.slots = nn.Parameter(torch.zeros(config.max_memory_tokens + 1, width))
+        self.slots = nn.Parameter(torch.zeros(config.max_memory_tokens + 1, self._embedding_table.shape[1]))
         self.readout = build_readout(config, width, generator_width)
         self.relevance = nn.Linear(width, 1)
-        self._takes_segments = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        takes_segments = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self._segments = takes_segments and getattr(backbone.config, "type_vocab_size", 2) > 1  # RoBERTa has but one
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.slots.device
 
+    @property
+    def _embedding_table(self) -> Tensor:
+        table = self._embeddings.weight
+        assert isinstance(table, Tensor)  # every text model of transformers keeps one table
+        return table
+
+    @property
+    def _embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
     def initialise_slots(self, generator: torch.Generator) -> None:
         """Start every slot near a token the backbone knows: its mask token, or else the mean of its vocabulary."""
-        table = self.backbone.get_input_embeddings().weight
+        table = self._embedding_table
         mask_id = self.tokenizer.mask_token_id
         centre = table.mean(0) if mask_id is None else table[mask_id]
         noise = torch.randn(self.slots.shape, generator=generator) * table.float().std().cpu() * 0.5
@@ -68,10 +80,11 @@ class Compressor(nn.Module):
 
     def hidden(self, batch: RowBatch) -> Tensor:
         """Hidden states (B, T, width) of all positions, in one pass of the backbone."""
-        tokens = self.backbone.get_input_embeddings()(batch.ids)  # (B, T, width)
-        slots = self.slots[batch.slots.clamp(min=0)]  # (B, T, width)
+        tokens = self._embeddings(batch.ids)  # (B, T, embedding width)
+        # A look-up, not `self.slots[...]`: its gradient is cheaper than that of indexing.
+        slots = functional.embedding(batch.slots.clamp(min=0), self.slots)  # (B, T, embedding width)
         inputs = torch.where((batch.slots >= 0).unsqueeze(-1), slots.to(tokens.dtype), tokens)
-        extra = {"token_type_ids": batch.segments} if self._takes_segments else {}
+        extra = {"token_type_ids": batch.segments} if self._segments else {}
         output = self.backbone(inputs_embeds=inputs, attention_mask=batch.mask.long(), **extra)
         return output.last_hidden_state  # type: ignore[no-any-return]  # transformers outputs are untyped
 
@@ -80,5 +93,7 @@ class Compressor(nn.Module):
         hidden = self.hidden(batch)
         read = self.readout(hidden, batch, embed)
         at_relevance = take(hidden, batch.relevance_position.unsqueeze(1)).squeeze(1)  # (B, width)
-        scores = self.relevance(at_relevance).squeeze(-1).float()  # (B,)
+        # In float32 whatever the weights are: bfloat16 scores of like passages would tie.
+        head = self.relevance
+        scores = (at_relevance.float() * head.weight.float()).sum(-1) + head.bias.float()  # (B,)
         return CompressorOutput(read.memory, scores, read.weights, read.logits)

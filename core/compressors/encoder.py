@@ -1,6 +1,7 @@
 """The `encoder` compressor: any bidirectional encoder, projected to the generator's width (OSCAR app. J)."""
 
-from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.compressors.base import Compressor
 from core.config import CompressorConfig
@@ -21,13 +22,23 @@ class EncoderCompressor(Compressor):
         row_format = encoder_row_format(tokenizer, config)
         fixed = len(row_format.head) + len(row_format.joint) + len(row_format.tail) + config.max_memory_tokens + 1
         longest = fixed + config.query_tokens + config.chunk_tokens
-        positions = int(getattr(encoder_config, "max_position_embeddings", longest))
-        if longest > positions:
+        # mypy: transformers does not type this call.
+        backbone = AutoModel.from_config(encoder_config)  # type: ignore[no-untyped-call]
+        positions = _positions(backbone)
+        if positions is not None and longest > positions:
             raise ConfigError(
                 f"compressor: rows of up to {longest} tokens are over the encoder's {positions} positions; "
                 "lower query_tokens or chunk_tokens, or raise rates"
             )
-        backbone = AutoModel.from_config(encoder_config)
         if hasattr(backbone, "pooler"):
             backbone.pooler = None  # a sentence head that nothing here reads
         super().__init__(config, backbone, tokenizer, row_format, generator_width)
+
+
+def _positions(backbone: PreTrainedModel) -> int | None:
+    """Positions an encoder can tell apart; None where its config names no limit."""
+    positions: int | None = getattr(backbone.config, "max_position_embeddings", None)
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    if positions and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        return positions - table.padding_idx - 1  # RoBERTa counts from behind its padding position
+    return positions

@@ -25,7 +25,10 @@ class NLayersCompressor(Compressor):
             raise ConfigError(
                 f"compressor.n_layers: {config.n_layers} is over the generator's {base_config.num_hidden_layers} layers"
             )
-        backbone = AutoModel.from_config(first_layers_config(base_config, config.n_layers))
+        # mypy: transformers does not type this call.
+        backbone = AutoModel.from_config(first_layers_config(base_config, config.n_layers))  # type: ignore[no-untyped-call]
+        if not all(hasattr(backbone, part) for part in ("embed_tokens", "layers", "norm")):
+            raise ConfigError(f"compressor.kind: n_layers cannot copy layers of a {base_config.model_type} model")
         # The embeddings are the raw residual stream: a final norm trained for the last layer would distort it.
         backbone.norm = nn.Identity()
         super().__init__(config, backbone, tokenizer, causal_row_format(tokenizer, config), generator_width)
