@@ -28,7 +28,7 @@ FORBIDDEN_IMPORTS = {
         "peft",
         "datasets",
     },
-    "service": {"training", "tests", "argparse", "peft", "datasets"},
+    "service": {"training", "tests", "peft", "datasets"},
     "training": {"service", "tests", "fastapi", "starlette", "uvicorn"},
 }
 UNSAFE_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
