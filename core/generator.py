@@ -130,17 +130,20 @@ def merge_lora(model: nn.Module, tensors: Mapping[str, Tensor], lora: LoraConfig
     Raises CheckpointError, before any weight is changed, for a key that is missing, unknown, of the wrong shape or
     not finite.
     """
-    targets = _target_layers(model, lora)
-    expected = {
-        f"{ADAPTER_PREFIX}{name}.lora_{side}.weight": shape
-        for name, layer in targets.items()
-        for side, shape in (("A", (lora.r, layer.in_features)), ("B", (layer.out_features, lora.r)))
-    }
-    _check_adapter(tensors, expected)
-    for name, layer in targets.items():
+    _check_adapter(tensors, adapter_shapes(model, lora))
+    for name, layer in _target_layers(model, lora).items():
         down, up = (tensors[f"{ADAPTER_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         delta = up.to(layer.weight.device, torch.float32) @ down.to(layer.weight.device, torch.float32)
         layer.weight.copy_(layer.weight.float() + lora.alpha / lora.r * delta)
+
+
+def adapter_shapes(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Names, as peft has them, and shapes of the tensors that an adapter of `model` has."""
+    return {
+        f"{ADAPTER_PREFIX}{name}.lora_{side}.weight": shape
+        for name, layer in _target_layers(model, lora).items()
+        for side, shape in (("A", (lora.r, layer.in_features)), ("B", (layer.out_features, lora.r)))
+    }
 
 
 def _target_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
@@ -154,7 +157,7 @@ def _target_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
     return targets
 
 
-def _check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, int]]) -> None:
+def _check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     unknown, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
     if unknown:
         raise CheckpointError(f"the generator's adapter has {len(unknown)} unknown keys, first {unknown[0]}")

@@ -10,6 +10,7 @@ from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import Config
+from core.errors import ConfigError
 from core.generator import Generator, load_generator
 from core.prompts import PromptTemplate
 from core.tokenization import load_tokenizer
@@ -21,6 +22,7 @@ class Model:
 
     name    the version that every response names; `untrained` for one built from base weights
     base    the generator's base model, with the sha256 of what was read
+    encoder_base    where an `encoder` compressor's weights came from; None for n_layers
     """
 
     config: Config
@@ -28,6 +30,7 @@ class Model:
     compressor: Compressor
     template: PromptTemplate
     base: BaseModel
+    encoder_base: BaseModel | None = None
     name: str = "untrained"
 
     @property
@@ -43,20 +46,34 @@ def build_model(
 
     In `text` mode it answers like the base model. Raises BaseModelError and ConfigError.
     """
+    if config.generator.merged:
+        raise ConfigError("generator.merged: the weights of a merged generator are in its checkpoint, not in the base")
     base = resolve_base_model(config.generator.base_model)
     generator = load_generator(base, device=torch.device(device), dtype=dtype)
-    folder = resolve_base_model(config.compressor.base_model).path if config.compressor.kind == "encoder" else None
-    compressor = build_compressor(config, generator, folder, seed)
-    if folder is None:
+    encoder_base = resolve_base_model(config.compressor.base_model) if config.compressor.kind == "encoder" else None
+    compressor = build_compressor(config, generator, None if encoder_base is None else encoder_base.path, seed)
+    if encoder_base is None:
         weights = first_layers_state(generator.model.base_model, config.compressor.n_layers)
         compressor.backbone.load_state_dict(weights, strict=True)
     else:
+        folder = encoder_base.path
         copied = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, use_safetensors=True)
         weights = {name: value for name, value in copied.state_dict().items() if not name.startswith("pooler.")}
         compressor.backbone.load_state_dict(weights, strict=True)
     compressor.initialise_slots(torch.Generator().manual_seed(seed))
-    compressor.to(device=device, dtype=dtype).eval()
-    return Model(config, generator, compressor, PromptTemplate(generator.tokenizer, config.prompt), base)
+    place(compressor, torch.device(device), dtype)
+    template = PromptTemplate(generator.tokenizer, config.prompt)
+    return Model(config, generator, compressor, template, base, encoder_base)
+
+
+def place(compressor: Compressor, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the compressor on `device`, its weights as `dtype`, ready to serve.
+
+    Only weights are converted: a backbone's rotary frequencies are buffers, and must stay float32.
+    """
+    compressor.to(device).eval()
+    for parameter in compressor.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def build_compressor(config: Config, generator: Generator, folder: Path | None, seed: int = 0) -> Compressor:

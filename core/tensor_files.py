@@ -1,0 +1,69 @@
+"""Tensors to and from safetensors files, checked name by name. Knows neither models nor checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from core.errors import CheckpointError
+
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `module`'s state."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write `tensors` to `path`, floating-point ones as `dtype`, from any device. Raises CheckpointError."""
+    stored = {
+        name: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous()
+        for name, value in tensors.items()
+    }
+    try:
+        save_file(stored, path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: cannot be written ({error})") from None
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `path` one by one, exactly those that `shapes` names, floating-point ones stored as `dtype`.
+
+    Only the header is read until all of it is found right, so no memory is taken for a file that does not fit.
+    Raises CheckpointError that names the tensor that is missing, unknown, or of the wrong shape or type.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = set(file.keys())
+            _check_names(path.name, names, set(shapes))
+            for name in sorted(names):
+                header = file.get_slice(name)
+                shape, stored = tuple(header.get_shape()), header.get_dtype()
+                if shape != shapes[name]:
+                    raise CheckpointError(f"{path.name}: {name} has shape {shape}, not {shapes[name]}")
+                if stored.startswith(("F", "BF")) and stored != STORED[dtype]:
+                    raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {STORED[dtype]}")
+            for name in sorted(names):
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: is not a readable safetensors file ({error})") from None
+
+
+@torch.no_grad()
+def read_into(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Fill all of `module`'s state from `path`, converting to its own type. Raises CheckpointError as above."""
+    state = module.state_dict()
+    for name, value in read_tensors(path, shapes_of(module), dtype):
+        state[name].copy_(value)
+
+
+def _check_names(file: str, names: set[str], expected: set[str]) -> None:
+    missing, unknown = sorted(expected - names), sorted(names - expected)
+    if missing:
+        raise CheckpointError(f"{file}: lacks {len(missing)} tensors, first {missing[0]}")
+    if unknown:
+        raise CheckpointError(f"{file}: has {len(unknown)} unknown tensors, first {unknown[0]}")
