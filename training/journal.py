@@ -1,0 +1,78 @@
+"""An append-only file of finished blocks of rows, so that work killed at any moment goes on where it was.
+
+One line a block; the first line says what the work is: another work never goes on from it. Knows no teachers.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from training.data_format import Row, parse_json_line, parse_list, parse_row, row_to_json
+from training.data_quality import ReadPolicy, RowError
+
+TRUSTED = ReadPolicy(max_passage_chars=2**62, need_answer=False)  # its rows were checked before they came here
+
+
+class Journal:
+    """Finished rows by id. A block counts once its whole line is on disk; a torn last line is cut off at opening."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Open or begin a journal. Raises ConfigError where `path` holds one of other settings."""
+        self.rows: dict[str, Row] = {}
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        lines = self._file.readlines()
+        kept = 0
+        for number, line in enumerate(lines):
+            try:
+                if not line.endswith(b"\n"):
+                    break
+                values = parse_json_line(line)
+                if number == 0:
+                    self._require_same(values.get("settings"), settings)
+                else:
+                    self._remember(parse_row(row, TRUSTED) for row in parse_list(values, "rows"))
+            except RowError:
+                break  # a torn write: this block and what follows is done again
+            kept += len(line)
+        self._file.truncate(kept)
+        if kept == 0:
+            self._append(json.dumps({"settings": settings}, sort_keys=True))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append a finished block; it is on disk when this returns."""
+        self._append(f'{{"rows": [{", ".join(map(row_to_json, rows))}]}}')
+        self._remember(rows)
+
+    def close(self) -> None:
+        """Close the file; the journal stays."""
+        self._file.close()
+
+    def delete(self) -> None:
+        """Remove the journal: the work is done and saved elsewhere."""
+        self.close()
+        self._path.unlink()
+
+    def _remember(self, rows: Iterable[Row]) -> None:
+        self.rows |= {row.id: row for row in rows}
+
+    def _append(self, line: str) -> None:
+        self._file.write(f"{line}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _require_same(self, found: Any, wanted: dict[str, Any]) -> None:
+        if found == wanted:
+            return
+        self._file.close()
+        old = found if isinstance(found, dict) else {}
+        changed = sorted(key for key in old.keys() | wanted.keys() if old.get(key) != wanted.get(key))
+        raise ConfigError(
+            f"{self._path}: was begun with other settings ({', '.join(changed)}); "
+            "go on with those, or delete the file to begin anew"
+        )

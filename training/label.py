@@ -1,0 +1,238 @@
+"""`label`: teacher's answers, logits and relevance scores for prepared rows.
+
+Goes on where it was when killed: finished blocks are in a journal beside the output, which itself appears only when
+all of it is done. Does not know how a teacher answers.
+"""
+
+import argparse
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from core.base_models import resolve_base_model
+from core.config import PromptConfig
+from core.errors import ConfigError
+from core.generator import load_generator
+from training.chat_endpoint import ChatEndpoint
+from training.cross_encoder import CrossEncoder
+from training.data_format import Row, read_rows, write_rows
+from training.data_quality import DataError, ReadPolicy
+from training.journal import Journal
+from training.teacher_logits import SHARD_PATTERN, shard_path, tokenizer_fingerprint, write_shard
+from training.teachers import EndpointTeacher, LocalTeacher, Teacher, TeacherAnswer
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = """\
+examples:
+  # answers of a local model or hub id, 32 rows at a time; run the same line again after a kill
+  python -m training label --data train.jsonl.gz --teacher mistralai/Mistral-7B-Instruct-v0.2 --block 32 \\
+      --out train.labelled.jsonl.gz
+  # the same with the 32 likeliest tokens at each position, for loss.kl
+  python -m training label --data train.jsonl.gz --teacher smollm2-135m --logits labels/logits --top-k 32 \\
+      --out train.labelled.jsonl.gz
+  # answers from a server, relevance from a cross-encoder
+  python -m training label --data train.jsonl.gz --endpoint http://localhost:9000/v1 --teacher my-model \\
+      --reranker cross-encoder/ms-marco-MiniLM-L6-v2 --out train.labelled.jsonl.gz
+  # no teacher: gold answers are the targets, only relevance is scored
+  python -m training label --data train.jsonl.gz --reranker BAAI/bge-reranker-base --out train.labelled.jsonl.gz
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelConfig:
+    """What is asked of whom.
+
+    teacher          a base model's name, or with `endpoint` the model's name there; empty: gold answers stay
+    endpoint         URL of an OpenAI-compatible server, up to and with /v1
+    top_k            log-probabilities kept at each answer token; 0: none
+    reranker         a cross-encoder; empty: relevance stays as it is
+    score            `logit`: the cross-encoder's raw score (OSCAR sec. 4.4); `probability`: its sigmoid
+    relabel          answer again where the row already has a teacher's answer
+    """
+
+    teacher: str = ""
+    endpoint: str = ""
+    max_new_tokens: int = 128
+    top_k: int = 0
+    system: str = PromptConfig().system
+    reranker: str = ""
+    score: Literal["logit", "probability"] = "logit"
+    relabel: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.teacher and not self.reranker:
+            raise ConfigError("give --teacher, --reranker or both: else there is nothing to label")
+        if self.endpoint and not self.teacher:
+            raise ConfigError("--endpoint: also name the model there with --teacher")
+        if self.endpoint and self.top_k:
+            raise ConfigError("--logits: an endpoint gives no token ids; use a local teacher")
+
+
+def label_rows(
+    rows: Sequence[Row],
+    config: LabelConfig,
+    teacher: Teacher | None,
+    reranker: CrossEncoder | None,
+    journal: Journal,
+    *,
+    block: int = 16,
+    logits: Path | None = None,
+    tokenizer: str = "",
+) -> list[Row]:
+    """`rows` with their labels, in order. What the journal has is not asked again.
+
+    logits      folder of the shards; one is written before the journal says that its rows are done, so a kill
+                between the two makes the block again, shard and all
+    tokenizer   fingerprint of the teacher's tokenizer, written with the logits
+    """
+    silent = 0
+    waiting = [(number, row) for number, row in enumerate(rows) if row.id not in journal.rows]
+    with tqdm(
+        total=len(rows), initial=len(rows) - len(waiting), desc="labelling", unit="row", disable=None
+    ) as progress:
+        for start in range(0, len(waiting), block):
+            number = waiting[start][0]
+            members = [row for _, row in waiting[start : start + block]]
+            answers = _ask(members, teacher, relabel=config.relabel)
+            if logits is not None:
+                targets = {i: answer.targets for i, answer in answers.items() if answer.targets is not None}
+                write_shard(shard_path(logits, number), list(targets), list(targets.values()), tokenizer)
+            silent += sum(not answer.text for answer in answers.values())
+            labelled = [_with_answer(row, answers.get(row.id)) for row in members]
+            journal.add(_with_scores(labelled, reranker, config.score) if reranker else labelled)
+            progress.update(len(members))
+    if silent:
+        log.warning("%d rows: the teacher said nothing, or its prompt had no room; their gold answers stay", silent)
+    return [journal.rows[row.id] for row in rows]
+
+
+def _ask(rows: Sequence[Row], teacher: Teacher | None, *, relabel: bool) -> dict[str, TeacherAnswer]:
+    """The teacher's answers by row id, for the rows that are to be answered."""
+    asked = [row for row in rows if relabel or row.teacher_answer is None] if teacher else []
+    return dict(zip([row.id for row in asked], teacher.answer(asked), strict=True)) if teacher and asked else {}
+
+
+def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
+    return replace(row, teacher_answer=answer.text) if answer is not None and answer.text else row
+
+
+def _with_scores(rows: Sequence[Row], reranker: CrossEncoder, score: str) -> list[Row]:
+    """`rows` with the reranker's scores as relevance, all their passages scored together."""
+    scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
+    scale = _sigmoid if score == "probability" else float
+    return [
+        replace(row, passages=tuple(replace(passage, relevance=scale(next(scores))) for passage in row.passages))
+        for row in rows
+    ]
+
+
+def _sigmoid(logit: float) -> float:
+    return 0.5 * (1.0 + math.tanh(0.5 * logit))  # does not overflow
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    defaults = {field.name: field.default for field in fields(LabelConfig)}
+    parser.add_argument("--data", type=Path, required=True, help="rows that `prepare` wrote (.jsonl or .jsonl.gz)")
+    parser.add_argument("--out", type=Path, required=True, help="the same rows with their labels")
+    parser.add_argument("--teacher", default="", help="a base model's name; with --endpoint the model's name there")
+    parser.add_argument("--endpoint", default="", help="an OpenAI-compatible server: http://host:port/v1")
+    parser.add_argument(
+        "--api-key-env", default="OPENAI_API_KEY", help="variable with the endpoint's key, if it needs one"
+    )
+    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight at the endpoint (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer (default 128, as the paper)")
+    parser.add_argument("--system", default=defaults["system"], help="system prompt (default: the generator's)")
+    parser.add_argument("--logits", type=Path, help="folder for top-k log-probabilities; a local teacher only")
+    parser.add_argument("--top-k", type=int, default=32, help="how many with --logits (default 32)")
+    parser.add_argument("--reranker", default="", help="cross-encoder whose scores become the passages' relevance")
+    parser.add_argument(
+        "--score", choices=("logit", "probability"), default="logit", help="form of them (default logit)"
+    )
+    parser.add_argument("--relabel", action="store_true", help="also answer rows that have a teacher's answer")
+    parser.add_argument("--block", type=int, default=16, help="rows answered together and saved together (default 16)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
+    parser.add_argument("--refuse", action="store_true", help="stop at the first bad row instead of skipping it")
+
+
+def config_from(args: argparse.Namespace) -> LabelConfig:
+    """What the command line asks for. Raises ConfigError."""
+    if args.block < 1 or args.top_k < 1 or args.concurrency < 1 or args.max_new_tokens < 1:
+        raise ConfigError("--block, --top-k, --concurrency and --max-new-tokens must be at least 1")
+    return LabelConfig(
+        teacher=args.teacher,
+        endpoint=args.endpoint,
+        max_new_tokens=args.max_new_tokens,
+        top_k=args.top_k if args.logits else 0,
+        system=args.system,
+        reranker=args.reranker,
+        score=args.score,
+        relabel=args.relabel,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Label and write. Raises ScaledownError for what the user can mend."""
+    config = config_from(args)
+    journal_path = args.out.with_name(f"{args.out.name}.journal")
+    if args.out.exists() and not journal_path.exists():
+        raise ConfigError(f"{args.out} already exists and is complete; delete it or give another --out")
+    rows, report = read_rows(args.data, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
+    log.info("%s", report)
+    if not rows:
+        raise DataError(f"{args.data.name}: no rows to label")
+    _require_no_strangers(args.logits, journal_path)
+    settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": _sha256(args.data)}
+    journal = Journal(journal_path, settings)
+    if journal.rows:
+        log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
+    teacher, tokenizer = _make_teacher(config, args)
+    reranker = CrossEncoder(config.reranker, device=args.device) if config.reranker else None
+    labelled = label_rows(
+        rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
+    )
+    targets = [row for row in labelled if row.answers or row.teacher_answer]
+    if len(targets) < len(labelled):
+        log.warning("%d rows have neither a gold nor a teacher's answer: left out", len(labelled) - len(targets))
+    write_rows(args.out, targets)
+    journal.delete()
+    log.info(
+        "%s: %d rows, %d with a teacher's answer", args.out, len(targets), sum(bool(r.teacher_answer) for r in targets)
+    )
+
+
+def _make_teacher(config: LabelConfig, args: argparse.Namespace) -> tuple[Teacher | None, str]:
+    """The teacher and its tokenizer's fingerprint; none where gold answers are to stay."""
+    prompt = PromptConfig(system=config.system)
+    if config.endpoint:
+        key = os.environ.get(args.api_key_env, "")
+        endpoint = ChatEndpoint(config.endpoint, config.teacher, key, concurrency=args.concurrency)
+        return EndpointTeacher(endpoint, prompt, config.max_new_tokens), ""
+    if not config.teacher:
+        return None, ""
+    dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
+    generator = load_generator(resolve_base_model(config.teacher), device=args.device, dtype=dtype)
+    fingerprint = tokenizer_fingerprint(generator.tokenizer.get_vocab())
+    return LocalTeacher(generator, prompt, config.max_new_tokens, config.top_k), fingerprint
+
+
+def _require_no_strangers(logits: Path | None, journal: Path) -> None:
+    """Raises ConfigError where the folder has shards of another run: rows would be found twice."""
+    if logits is not None and not journal.exists() and any(logits.glob(SHARD_PATTERN)):
+        raise ConfigError(f"--logits {logits}: already holds logits of another run; empty it or give another folder")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
