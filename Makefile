@@ -24,11 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (first time: a few minutes)"
 	@if test -n "$(TORCH_INDEX)" && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
-		$(BIN)/python -m pip install --quiet --no-deps --retries 0 --timeout 15 \
+		$(BIN)/python -m pip install -qq --no-deps --retries 0 --timeout 15 \
 			--index-url $(TORCH_INDEX) --constraint constraints.txt torch 2>/dev/null || \
 		echo "$(TORCH_INDEX) does not answer: taking torch from the ordinary index"; \
 	fi
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[training,dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[training,dev]'
 	@touch $@
 
 base-models: $(STAMP)

@@ -71,7 +71,9 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder}: the weights are pickled (*.bin, *.pt), which can run code when they are read; "
                 "convert them to safetensors"
             )
-        raise BaseModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+        raise BaseModelError(
+            f"{folder}: no model.safetensors or index of its shards (pickled weights are never fetched)"
+        )
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -94,12 +96,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _cache_folder() -> Path:
-    folder = Path(platformdirs.user_cache_dir("scaledown")) / "base_models"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BaseModelError(f"{folder}: cannot make the cache folder ({error.strerror}); set XDG_CACHE_HOME") from None
-    return folder
+    return Path(platformdirs.user_cache_dir("scaledown")) / "base_models"
 
 
 def _demo_names() -> str:
@@ -110,9 +107,13 @@ def _resolve_demo(name: str) -> BaseModel:
     demo = DEMO_MODELS[name]
     # The source's hash is in the folder's name: a new pin is a new folder, and an old one is never changed.
     folder = _cache_folder() / f"{name}-{demo.sha256[:12]}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            install_demo_model(name, demo, folder, weights_sha256)
+    if not folder.is_dir():  # it appears whole or not at all, so that reading needs no lock
+        try:
+            with _locked(folder):
+                if not folder.is_dir():
+                    install_demo_model(name, demo, folder, weights_sha256)
+        except OSError as error:
+            raise BaseModelError(f"{folder}: cannot be written ({error.strerror}); see XDG_CACHE_HOME") from error
     recorded = (folder / "weights.sha256").read_text().strip() if (folder / "weights.sha256").is_file() else ""
     if weights_sha256(folder) != recorded:
         raise BaseModelError(f"{folder}: the weights are not those that were installed; delete this folder")
@@ -148,13 +149,20 @@ def _file_sha256(file: Path) -> str:
     digest = hashlib.sha256()
     for block in _blocks(file, stat.st_size):
         digest.update(block)
-    with FileLock(f"{memory}.lock"):
+    with contextlib.suppress(OSError), _locked(memory):  # a cache that cannot be written costs time, nothing else
         hashes = {path: known for path, known in _read_hashes(memory).items() if Path(path).exists()}
         hashes[str(file)] = [*seen, digest.hexdigest()]
         part = memory.with_suffix(".part")
         part.write_text(json.dumps(hashes, indent=1, sort_keys=True))
         part.replace(memory)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        yield
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:
