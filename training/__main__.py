@@ -15,6 +15,7 @@ COMMANDS = {
     "init": "a fresh, untrained checkpoint of a base model",
     "train": "train the compressor and the generator's adapter",
     "evaluate": "text, hybrid and compressed side by side on the same questions",
+    "calibrate": "a copy of a checkpoint whose relevance is a probability, with a threshold for no answer",
     "report": "plots and tables of evaluations and training runs",
     "export": "a run's best weights, or another checkpoint, to a checkpoint for the service",
 }
