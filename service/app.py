@@ -1,0 +1,104 @@
+"""The application: settings in, an ASGI app out. The lifespan loads and warms the model, and drains at the end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from core.errors import ScaledownError
+from core.model import Model
+from service import health, routes
+from service.auth import KeyRing
+from service.engine import Engine
+from service.errors import error_response, plain_response, validation_error
+from service.loading import load_model, warm_up
+from service.metrics import Metrics
+from service.middleware import Authentication, BodyLimit, RequestContext
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+MESSAGES = {404: "there is nothing at this path", 405: "this path does not take this method"}
+
+
+def create_app(
+    settings: Settings | None = None, model: Model | None = None, on_fatal: Callable[[], None] | None = None
+) -> FastAPI:
+    """Build the application.
+
+    `model` replaces the checkpoint that `settings` names. `on_fatal` is called when the worker is lost; by default
+    the process exits with status 70, so that whatever started it can start it again.
+    """
+    settings = settings or Settings()
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = app.state.engine = Engine(settings, metrics)
+        watchdog = asyncio.create_task(health.watch_worker(engine, on_fatal or (lambda: os._exit(os.EX_SOFTWARE))))
+        try:
+            await _serve_first(engine, settings, model)
+            yield
+        finally:
+            await engine.drain(0)
+            watchdog.cancel()
+            engine.stop()
+
+    app = FastAPI(
+        title="ScaleDown",
+        summary="Answers from compressed passages",
+        version="0.1.0",
+        lifespan=lifespan,
+        redoc_url=None,
+        docs_url=None,
+    )
+    routers = (health.router, routes.router)
+    for router in routers:
+        app.include_router(router)
+    _handle_errors(app, settings, metrics)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
+    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+    app.add_middleware(RequestContext, metrics=metrics, paths=paths)
+    return app
+
+
+async def _serve_first(engine: Engine, settings: Settings, model: Model | None) -> None:
+    """Load (unless given), warm and activate the first version."""
+    loop = asyncio.get_running_loop()
+    loaded = model if model is not None else await loop.run_in_executor(None, load_model, settings)
+    await loop.run_in_executor(None, warm_up, loaded)
+    engine.activate(engine.open_version(loaded))
+    log.info("ready", extra={"checkpoint": loaded.name, "trained": loaded.config.trained})
+
+
+def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+    """Every error leaves in the one shape, and is counted by its code."""
+
+    def counted(response: JSONResponse, code: str) -> Response:
+        metrics.errors.labels(code).inc()
+        return response
+
+    @app.exception_handler(ScaledownError)
+    async def ours(_: Request, error: ScaledownError) -> Response:
+        response = error_response(error, settings.overload_status)
+        if response.status_code == 500:
+            log.error("a request failed", exc_info=error)
+        return counted(response, error.code)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        content = validation_error(error.errors())
+        return counted(JSONResponse(content, 422), content["error"]["code"])
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        message = MESSAGES.get(error.status_code, str(error.detail))
+        return counted(plain_response(error.status_code, message, error.headers), f"http_{error.status_code}")

@@ -1,0 +1,145 @@
+"""`python -m service.demo`: start the service, ask one question over five passages in every mode, stop it again.
+
+Talks to the service over HTTP only, as any client would. Exits with 0 only if every step worked.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+START_SECONDS = 600  # the base model may have to be fetched first
+ANSWER_SECONDS = 300
+QUERY = "For what did Marie Curie receive the Nobel Prize in Chemistry in 1911?"
+PASSAGES = [
+    {
+        "title": "Radium",
+        "text": "Radium is a chemical element with the symbol Ra and atomic number 88. It was discovered in 1898 by Marie and "
+        "Pierre Curie in samples of pitchblende from Jáchymov. Pure radium metal was isolated in 1910 by Marie Curie and "
+        "André-Louis Debierne by electrolysis of radium chloride. All isotopes of radium are radioactive; the most stable, "
+        "radium-226, has a half-life of 1,600 years. It was once used in the luminous paint of watches and dials.",
+    },
+    {
+        "title": "Marie Curie",
+        "text": "Marie Skłodowska Curie was a Polish and naturalised-French physicist and chemist. She shared the 1903 Nobel "
+        "Prize in Physics with her husband Pierre Curie and with Henri Becquerel for their work on radioactivity. In 1911 "
+        "she received the Nobel Prize in Chemistry for the discovery of the elements polonium and radium. She was the "
+        "first woman to win a Nobel Prize and the first person to win one in two different sciences.",
+    },
+    {
+        "title": "Irène Joliot-Curie",
+        "text": "Irène Joliot-Curie, the elder daughter of Marie and Pierre Curie, was a French chemist and physicist. "
+        "Together with her husband Frédéric she was awarded the Nobel Prize in Chemistry in 1935 for the discovery of "
+        "induced radioactivity. She was one of the first three women to be members of a French government, as an "
+        "undersecretary for scientific research in 1936.",
+    },
+    {
+        "title": "Dorothy Hodgkin",
+        "text": "Dorothy Crowfoot Hodgkin was a British chemist who advanced X-ray crystallography to determine the structure "
+        "of biomolecules. She confirmed the structure of penicillin in 1945 and found that of vitamin B12, for which she "
+        "was awarded the Nobel Prize in Chemistry in 1964. In 1969, after 35 years of work, she deciphered the structure "
+        "of insulin.",
+    },
+    {
+        "title": "Curie temperature",
+        "text": "In physics and materials science, the Curie temperature is the temperature above which certain materials "
+        "lose their permanent magnetic properties. It is named after Pierre Curie, who showed that magnetism is lost at "
+        "a critical temperature. For iron it is 1,043 kelvin, for cobalt 1,400 kelvin and for nickel 627 kelvin.",
+    },
+]
+
+
+def main() -> int:
+    """Run the demo; the exit status."""
+    with tempfile.TemporaryFile() as log, running_service(log) as (process, url):
+        with httpx.Client(base_url=url, timeout=ANSWER_SECONDS, trust_env=False) as client:
+            try:
+                state = wait_until_ready(process, client)
+                show_answers(client, trained=state["trained"], checkpoint=state["checkpoint"])
+            except (httpx.HTTPError, RuntimeError) as error:
+                log.seek(0)
+                tail = log.read().decode(errors="replace")[-4000:]
+                print(f"The demo failed: {error}\nThe service's log ends with:\n{tail}", file=sys.stderr)
+                return 1
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        print(f"The service has stopped with exit code {code}.")
+        return code
+
+
+@contextlib.contextmanager
+def running_service(log: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The service as a process on a free port of this machine; it does not outlive the block."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # The demo shows the defaults: keys or limits of the caller's own environment stay out, the checkpoint does not.
+    keep = ("SCALEDOWN_CHECKPOINT", "SCALEDOWN_BASE_MODEL")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SCALEDOWN_") or k in keep}
+    command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], client: httpx.Client) -> dict[str, Any]:
+    """What `/readyz` says once it says yes. Raises RuntimeError where the service ends or takes too long."""
+    print("Starting the service ...", flush=True)
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the service ended with exit code {process.returncode}")
+        with contextlib.suppress(httpx.TransportError):
+            response = client.get("/readyz", timeout=5)
+            if response.status_code == 200:
+                state: dict[str, Any] = response.json()
+                return state
+        time.sleep(0.2)
+    raise RuntimeError(f"the service was not ready after {START_SECONDS} seconds")
+
+
+def show_answers(client: httpx.Client, *, trained: bool, checkpoint: str) -> None:
+    """Ask in each mode and print what came back."""
+    print(f"Checkpoint: {checkpoint}")
+    if not trained:
+        print("It is untrained: `text` answers like the base model, `hybrid` and `compressed` cannot make sense yet,")
+        print("and relevance is arbitrary.")
+    print(f"Question:   {QUERY}")
+    print(f"Passages:   {', '.join(passage['title'] for passage in PASSAGES)}")
+    for mode in ("text", "hybrid", "compressed"):
+        body = {"query": QUERY, "passages": PASSAGES, "mode": mode, "max_new_tokens": 48}
+        response = client.post("/answer", json=body)
+        if response.status_code != 200:
+            raise RuntimeError(f"{mode}: status {response.status_code}: {response.text}")
+        show_answer(mode, response.json())
+
+
+def show_answer(mode: str, answer: dict[str, Any]) -> None:
+    """Print one answer with its relevance, tokens and timings."""
+    usage, shown = answer["usage"], {"text": "text", "compressed": "embeddings"}
+    share = usage["tokens_saved"] / usage["text_tokens"]
+    print(f"\n--- {mode} ---")
+    print(f"Answer:     {answer['answer'].strip()!r}")
+    for passage in answer["passages"]:
+        title = PASSAGES[passage["index"]]["title"]
+        print(f"            relevance {passage['relevance']:.3f}  as {shown[passage['mode']]:<10}  {title}")
+    print(
+        f"Tokens:     {usage['prompt_tokens']} in the prompt instead of {usage['text_tokens']}: "
+        f"{usage['tokens_saved']} saved ({share:.0%}); {usage['completion_tokens']} written"
+    )
+    print("Stages:     " + ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer["timings_ms"].items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""From an error to a status and the one JSON shape of all errors. Knows HTTP, not what raised the error."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+
+from core.errors import (
+    CancelledError,
+    CheckpointError,
+    InputError,
+    OverloadedError,
+    ScaledownError,
+    TooLargeError,
+)
+from service.logs import current_request_id
+
+
+class DeadlineError(CancelledError):
+    """The request's deadline passed before its answer was complete."""
+
+    code = "deadline"
+
+
+class StoppingError(CancelledError):
+    """The service is shutting down and does not take or finish this request."""
+
+    code = "stopping"
+
+
+class NotReadyError(ScaledownError):
+    """The model is still being loaded or warmed, or the worker is dead."""
+
+    code = "not_ready"
+
+
+class UnsupportedError(ScaledownError):
+    """The body is not JSON (`Content-Type`)."""
+
+    code = "unsupported_media_type"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="stable, machine-readable name of the error", examples=["invalid_input"])
+    message: str = Field(examples=["passages.0.text: is empty"])
+    field: str | None = Field(description="part of the request that is at fault", examples=["passages.0.text"])
+    limit: int | None = Field(description="the limit that was passed", examples=[None])
+    request_id: str | None = Field(description="the X-Request-Id of this request", examples=["b9c1d4..."])
+
+
+class ErrorResponse(BaseModel):
+    """The body of every response that is not a success, and of the `error` event of a stream."""
+
+    error: ErrorDetail
+
+
+STATUS_CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_input",
+    429: "overloaded",
+    500: "internal",
+    503: "unavailable",
+}
+
+
+def error_body(code: str, message: str, field: str | None = None, limit: int | None = None) -> dict[str, Any]:
+    """The one JSON shape of an error."""
+    detail = {"code": code, "message": message, "field": field, "limit": limit, "request_id": current_request_id()}
+    return {"error": detail}
+
+
+def error_content(error: Exception) -> dict[str, Any]:
+    """The JSON of any exception; of one that is not ours, nothing but that it happened."""
+    if not isinstance(error, ScaledownError) or status_of(error) == 500:
+        return error_body("internal", "the service failed; the request id finds the reason in its log")
+    field = error.field if isinstance(error, InputError) else None
+    limit = error.limit if isinstance(error, TooLargeError) else None
+    return error_body(error.code, error.message, field, limit)
+
+
+def status_of(error: Exception, overload_status: int = 429) -> int:
+    """The HTTP status of an error."""
+    match error:
+        case TooLargeError():
+            return 413
+        case InputError():
+            return 422
+        case UnsupportedError():
+            return 415
+        case OverloadedError():
+            return overload_status
+        case DeadlineError():
+            return 504
+        case CancelledError() | NotReadyError():
+            return 503
+        case CheckpointError():  # only /admin meets it: the caller named a checkpoint that cannot be used
+            return 409
+        case _:
+            return 500
+
+
+def error_response(error: Exception, overload_status: int = 429) -> JSONResponse:
+    """The whole response to an error, with Retry-After where trying again can help."""
+    status = status_of(error, overload_status)
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    elif status == 503:
+        headers["Retry-After"] = "5"
+    return JSONResponse(error_content(error), status, headers)
+
+
+def plain_response(status: int, message: str, headers: Mapping[str, str] | None = None, **where: Any) -> JSONResponse:
+    """The response to what HTTP itself refuses: no such path, a wrong method, a missing key."""
+    return JSONResponse(error_body(STATUS_CODES.get(status, "error"), message, **where), status, headers)
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON of pydantic's findings: the first one, in our words and without the caller's own values."""
+    first = errors[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith("<")]
+    location = location[1:] if location and location[0] in ("body", "query", "path") else location
+    kind, context = first["type"], first.get("ctx") or {}
+    if kind == "json_invalid":
+        return error_body("invalid_json", f"the body is not JSON: {context.get('error', 'malformed')}", "body")
+    field = ".".join(location) or "body"
+    message = {
+        "extra_forbidden": "unknown field",
+        "missing": "is required",
+        "value_error": str(context.get("error", first["msg"])),
+    }.get(kind, first["msg"])
+    return error_body("invalid_input", f"{field}: {message}", field)

@@ -1,0 +1,72 @@
+"""Whether the service is alive and ready, and what happens when its worker is not. Knows no models."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from core.errors import EngineError
+from service.engine import Engine
+from service.errors import NotReadyError
+
+log = logging.getLogger(__name__)
+router = APIRouter()
+CHECK_SECONDS = 0.5
+# Between failing the requests and leaving: time for their responses to reach the clients.
+GOODBYE_SECONDS = 1.0
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    """200 while the process can do work; 503 when its worker is dead or stuck, and a restart is due."""
+    engine: Engine = request.app.state.engine
+    trouble = worker_trouble(engine)
+    return JSONResponse({"status": trouble or "alive"}, 503 if trouble else 200)
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 once the model is loaded and warm, and as long as requests are taken; else 503 and the reason."""
+    engine: Engine = request.app.state.engine
+    trouble = worker_trouble(engine)
+    if trouble or not engine.ready or engine.active is None:
+        reason = trouble or (engine.refusal.message if engine.refusal else "the model is being loaded")
+        return JSONResponse({"status": reason}, 503, {"Retry-After": "5"})
+    model = engine.active.model
+    return JSONResponse({"status": "ready", "checkpoint": model.name, "trained": model.config.trained})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text format."""
+    engine: Engine = request.app.state.engine
+    shown = engine.metrics
+    shown.in_flight.set(engine.gate.requests)
+    shown.reserved_tokens.set(engine.gate.tokens)
+    shown.store_bytes.set(engine.store.size)
+    return Response(shown.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def worker_trouble(engine: Engine) -> str | None:
+    """What is wrong with the worker's thread, or None."""
+    if not engine.worker.alive:
+        return "the worker thread has died"
+    if engine.worker.stalled_for() > engine.settings.stall_seconds:
+        return "the worker thread makes no progress"
+    return None
+
+
+async def watch_worker(engine: Engine, on_fatal: Callable[[], None]) -> None:
+    """Fail every request and call `on_fatal` once the worker cannot be relied on any more.
+
+    A process that cannot work must not look alive: clients would hang, and nothing would restart it.
+    """
+    while (trouble := worker_trouble(engine)) is None:
+        await asyncio.sleep(CHECK_SECONDS)
+    log.critical("the service cannot go on", extra={"reason": trouble})
+    engine.refuse(NotReadyError(trouble))
+    engine.fail_all(EngineError(trouble))
+    await asyncio.sleep(GOODBYE_SECONDS)
+    on_fatal()

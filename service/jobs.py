@@ -1,0 +1,106 @@
+"""What travels between the event loop and the worker: jobs one way, their events the other. Knows no HTTP."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from core.config import Mode
+from core.errors import ScaledownError
+from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
+from core.rows import ChunkRow
+from core.sampling import GenerationOptions
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPlan:
+    """What `/answer` asks for beyond compression."""
+
+    mode: Mode
+    hybrid_top: int | None
+    options: GenerationOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """All passages are compressed; for an answer, its prompt is built too."""
+
+    passages: list[CompressedPassage]
+    modes: list[Mode]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job is done. `finish_reason` and `text` are those of an answer, and empty without one."""
+
+    text: str = ""
+    finish_reason: str = ""
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job ended without its result."""
+
+    error: ScaledownError
+
+
+JobEvent = Compressed | Delta | Finished | Failed
+_numbers = itertools.count()
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request in the worker's hands, pinned to the checkpoint version it was prepared with.
+
+    rows, places    rows still to compress, and where the result of each goes in `results`
+    results         one entry a chunk of `request`; those of passages that came as embeddings are filled already
+    marks           when each stage ended (`time.perf_counter()`)
+    """
+
+    request: PreparedRequest
+    rows: list[ChunkRow]
+    places: list[int]
+    results: list[CompressedChunk | None]
+    plan: AnswerPlan | None
+    emit: Callable[[JobEvent], None]
+    number: int = field(default_factory=lambda: next(_numbers))
+    marks: dict[str, float] = field(default_factory=dict)
+    outstanding: int = 0
+    done: bool = False
+
+    def mark(self, stage: str) -> None:
+        """Note that `stage` ended now, unless it ended before."""
+        self.marks.setdefault(stage, time.perf_counter())
+
+
+class Outbox:
+    """Carries events from the worker's thread to queues of the event loop, one wake-up for each batch of events."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: list[tuple[asyncio.Queue[JobEvent], JobEvent]] = []
+
+    def put(self, queue: "asyncio.Queue[JobEvent]", event: JobEvent) -> None:
+        """Keep `event` until the next flush. Only the worker's thread calls this."""
+        self._waiting.append((queue, event))
+
+    def flush(self) -> None:
+        """Hand over everything that waits."""
+        if self._waiting and not self._loop.is_closed():
+            batch, self._waiting = self._waiting, []
+            self._loop.call_soon_threadsafe(_deliver, batch)
+
+
+def _deliver(batch: "list[tuple[asyncio.Queue[JobEvent], JobEvent]]") -> None:
+    for queue, event in batch:
+        queue.put_nowait(event)

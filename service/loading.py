@@ -1,0 +1,46 @@
+"""Which model the service starts with, and the first requests that warm it. Knows no HTTP."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from core.checkpoint import load_checkpoint
+from core.config import Config, GeneratorConfig
+from core.model import Model, build_model
+from core.passages import Passage
+from core.pipeline import answer
+from core.sampling import GenerationOptions
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(settings: Settings, folder: Path | None = None) -> Model:
+    """The model of `folder`, or of the settings: their checkpoint, the shipped one, or an untrained one.
+
+    Raises CheckpointError, BaseModelError and ConfigError.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    folder = folder or settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
+    dtype = DTYPES[settings.dtype]
+    if folder is not None:
+        model = load_checkpoint(folder, device=settings.device, dtype=dtype)
+    else:
+        config = Config(generator=GeneratorConfig(base_model=settings.base_model))
+        model = build_model(config, device=settings.device, dtype=dtype)
+    if not model.config.trained:
+        log.warning(
+            "this model is untrained: text mode answers like its base model, compressed mode does not make sense yet",
+            extra={"checkpoint": model.name},
+        )
+    return model
+
+
+def warm_up(model: Model) -> None:
+    """Run every stage once, so that no caller pays for what the first request sets up."""
+    passages = [Passage("Iron melts at 1538 °C."), Passage("Tin melts at 232 °C. " * 20)]
+    answer(model, "What melts first?", passages, "hybrid", options=GenerationOptions(max_new_tokens=2))

@@ -1,0 +1,51 @@
+"""JSON log lines that carry the request id and never a passage, a query or a key. Knows no HTTP."""
+
+import json
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from typing import Any
+
+_request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
+
+
+def current_request_id() -> str | None:
+    """The id of the request that is being served by this task."""
+    return _request_id.get()
+
+
+def set_request_id(request_id: str) -> None:
+    """Name the request that this task serves, for log lines and errors."""
+    _request_id.set(request_id)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, request id, and whatever `extra=` carried."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of one record."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if current_request_id():
+            line["request_id"] = current_request_id()
+        line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Send every log line of this process to standard error as JSON. The command calls it, never an import."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for noisy in ("uvicorn.access", "httpx"):  # every request is logged once, by our own middleware
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,150 @@
+"""From a request's schema to a tokenised job: text is chunked, embeddings that came along are checked and placed.
+
+Runs in a thread of its own pool, never on the event loop: tokenising 100 kB takes tens of milliseconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from core.config import Mode
+from core.errors import InvalidInputError
+from core.model import Model
+from core.passages import Chunk, Passage
+from core.pipeline import CompressedChunk, PreparedRequest, prepare, rows_of, text_prompt_tokens
+from core.rows import ChunkRow
+from core.tokenization import encode
+from service.embedding_store import EmbeddingStore, StoredPassage
+from service.embeddings_codec import decode_embeddings
+from service.limits import AnyPassage, check_rate
+from service.schemas import AnswerPassage, Embeddings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenised request.
+
+    rows, places    what is to be compressed, and where in `results` each row's outcome belongs
+    results         one entry a chunk of `request`: filled for passages that came compressed, else None
+    """
+
+    request: PreparedRequest
+    rows: list[ChunkRow]
+    places: list[int]
+    results: list[CompressedChunk | None]
+
+    @property
+    def passage_tokens(self) -> int:
+        """Generator tokens of all passages as text."""
+        given = (chunk.tokens for chunk in self.results if chunk is not None)
+        return sum(len(row.chunk.generator_ids) for row in self.rows) + sum(given)
+
+    def text_prompt_tokens(self, model: Model) -> int:
+        """Prompt tokens if every passage were text, those included whose text only the caller has."""
+        hidden = sum(
+            result.tokens
+            for chunk, result in zip(self.request.chunks, self.results, strict=True)
+            if result is not None and not chunk.generator_ids
+        )
+        return text_prompt_tokens(model, self.request) + hidden
+
+
+def prepare_request(
+    model: Model, query: str, passages: Sequence[AnyPassage], rate: int | None, store: EmbeddingStore, mode: Mode
+) -> Prepared:
+    """Tokenise a request. Raises InputError for what the checkpoint cannot take."""
+    check_rate(rate, model)
+    given = {i: given for i, passage in enumerate(passages) if (given := _given(model, i, passage, store))}
+    plain = [_passage(passage, given.get(i)) for i, passage in enumerate(passages)]
+    fresh = [i for i in range(len(plain)) if i not in given]
+    tokenised = prepare(model, query, [plain[i] for i in fresh]) if fresh else PreparedRequest(query, (), [], ())
+    rows = rows_of(model, tokenised, rate)
+    chunks: list[tuple[Chunk, ChunkRow | None, CompressedChunk | None]] = [
+        (replace(row.chunk, passage=fresh[row.chunk.passage]), row, None) for row in rows
+    ]
+    for i, entry in given.items():
+        if mode == "text" and not plain[i].text:
+            raise InvalidInputError(f"passages.{i}.text", "is required: mode text cannot show embeddings as text")
+        chunks.append((_whole_chunk(model, i, plain[i]), None, _compressed(model, entry)))
+    chunks.sort(key=lambda item: item[0].passage)  # stable: the chunks of one passage keep their order
+    request = replace(tokenised, passages=tuple(plain), chunks=tuple(chunk for chunk, _, _ in chunks))
+    return Prepared(
+        request=request,
+        rows=[row for _, row, _ in chunks if row is not None],
+        places=[place for place, (_, row, _) in enumerate(chunks) if row is not None],
+        results=[result for _, _, result in chunks],
+    )
+
+
+def _passage(passage: AnyPassage, given: StoredPassage | None) -> Passage:
+    if isinstance(passage, str):
+        return Passage(passage)
+    if passage.text is None and given is not None:
+        return Passage(given.text, given.title, passage.id)
+    return Passage(passage.text or "", passage.title, passage.id)
+
+
+def _given(model: Model, index: int, passage: AnyPassage, store: EmbeddingStore) -> StoredPassage | None:
+    """The embeddings that came with a passage, inline or by reference."""
+    if not isinstance(passage, AnswerPassage):
+        return None
+    if passage.embedding_id is not None:
+        field = f"passages.{index}.embedding_id"
+        stored = store.get(passage.embedding_id)
+        if stored is None:
+            raise InvalidInputError(field, "is not known here (any more): compress the passage again")
+        _check_version(model, stored.checkpoint, field)
+        return stored
+    if passage.embeddings is None:
+        return None
+    return _decode(model, passage, passage.embeddings, f"passages.{index}.embeddings")
+
+
+def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field: str) -> StoredPassage:
+    _check_version(model, embeddings.checkpoint, f"{field}.checkpoint")
+    memory = decode_embeddings(
+        embeddings.data,
+        embeddings.dtype,
+        embeddings.shape,
+        model.generator.hidden_size,
+        model.generator.max_tokens,
+        field,
+    )
+    return StoredPassage(
+        memory=memory,
+        score=embeddings.score,
+        tokens=embeddings.tokens,
+        title=passage.title,
+        text=passage.text or "",
+        checkpoint=embeddings.checkpoint,
+    )
+
+
+def _check_version(model: Model, checkpoint: str, field: str) -> None:
+    if checkpoint != model.name:
+        raise InvalidInputError(field, f"these embeddings are another checkpoint's; {model.name} serves now")
+
+
+def _whole_chunk(model: Model, index: int, passage: Passage) -> Chunk:
+    """Stands for a passage that came compressed; with its tokens where its text is known, so that it can be shown."""
+    tokens = encode(model.generator.tokenizer, passage.content) if passage.text else None
+    return Chunk(
+        passage=index,
+        start=0,
+        end=len(passage.content),
+        generator_ids=tokens.ids if tokens else [],
+        generator_spans=tokens.spans if tokens else [],
+        compressor_ids=[],
+        compressor_index=[],
+    )
+
+
+def _compressed(model: Model, entry: StoredPassage) -> CompressedChunk:
+    memory = entry.memory.to(model.device, model.generator.dtype)
+    return CompressedChunk(
+        start=0,
+        end=len(entry.title) + len(entry.text),
+        tokens=entry.tokens,
+        memory=memory,
+        score=entry.score,
+        weights=None,
+    )

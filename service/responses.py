@@ -1,0 +1,144 @@
+"""From what the engine produced to the response models. Knows no HTTP."""
+
+from pydantic import BaseModel
+
+from core.model import Model
+from core.pipeline import CompressedPassage, rerank
+from service.embedding_store import EmbeddingStore, StoredPassage
+from service.embeddings_codec import encode_embeddings
+from service.engine import Session
+from service.jobs import Compressed, Finished
+from service.schemas import (
+    Answerable,
+    AnsweredPassage,
+    AnswerResponse,
+    ChunkOut,
+    CompressedPassageOut,
+    CompressRequest,
+    CompressResponse,
+    CompressUsage,
+    Embeddings,
+    RankedPassage,
+    RerankResponse,
+    Usage,
+)
+
+
+def compress_response(session: Session, body: CompressRequest, passages: list[CompressedPassage]) -> CompressResponse:
+    """The whole response of `/compress`. Encoding megabytes takes a while: call it off the event loop."""
+    model = session.version.model
+    shown = [_compressed_passage(session, model, body, passage, session.engine.store) for passage in passages]
+    tokens = sum(passage.tokens for passage in shown)
+    memory_tokens = sum(passage.memory_tokens for passage in shown)
+    return CompressResponse(
+        passages=shown,
+        usage=CompressUsage(text_tokens=tokens, memory_tokens=memory_tokens, rate=round(tokens / memory_tokens, 3)),
+        timings_ms=session.timings_ms(),
+        checkpoint=model.name,
+    )
+
+
+def rerank_response(session: Session, passages: list[CompressedPassage], top_n: int | None) -> RerankResponse:
+    """The whole response of `/rerank`."""
+    ids = _ids(session)
+    best = [passages[index] for index in rerank(passages)[:top_n]]
+    results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance) for p in best]
+    return RerankResponse(results=results, timings_ms=session.timings_ms(), checkpoint=session.version.model.name)
+
+
+def answered_passages(session: Session, compressed: Compressed) -> list[AnsweredPassage]:
+    """The passages of an answer, in the caller's order."""
+    ids = _ids(session)
+    return [
+        AnsweredPassage(
+            index=passage.index,
+            id=ids[passage.index],
+            relevance=passage.relevance,
+            mode="text" if mode == "text" else "compressed",
+        )
+        for passage, mode in zip(compressed.passages, compressed.modes, strict=True)
+    ]
+
+
+def answerable(model: Model, passages: list[CompressedPassage]) -> Answerable | None:
+    """Whether any passage is relevant enough; None where the checkpoint has no calibrated threshold."""
+    threshold = model.config.relevance.threshold
+    if threshold is None:
+        return None
+    probability = max(passage.relevance for passage in passages)
+    return Answerable(probability=probability, answerable=probability >= threshold)
+
+
+def answer_response(session: Session, compressed: Compressed, finished: Finished) -> AnswerResponse:
+    """The whole response of `/answer`, and the `done` event of a stream."""
+    model = session.version.model
+    usage = Usage(
+        text_tokens=session.text_tokens,
+        prompt_tokens=compressed.prompt_tokens,
+        tokens_saved=session.text_tokens - compressed.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+    )
+    return AnswerResponse(
+        answer=finished.text,
+        finish_reason="stop" if finished.finish_reason == "stop" else "length",
+        passages=answered_passages(session, compressed),
+        answerable=answerable(model, compressed.passages),
+        usage=usage,
+        timings_ms=session.timings_ms(),
+        checkpoint=model.name,
+    )
+
+
+def record_response(session: Session, compressed: Compressed, response: BaseModel) -> None:
+    """Count what a response holds: stages, tokens, rates, relevance."""
+    metrics, checkpoint = session.engine.metrics, session.version.model.name
+    for stage, milliseconds in session.timings_ms().items():
+        metrics.stage_seconds.labels(stage).observe(milliseconds / 1000)
+    for passage in compressed.passages:
+        metrics.relevance.labels(checkpoint).observe(passage.relevance)
+    tokens = sum(passage.tokens for passage in compressed.passages)
+    metrics.compression_rate.observe(tokens / sum(len(passage.memory) for passage in compressed.passages))
+    if isinstance(response, AnswerResponse):
+        metrics.text_tokens.labels(checkpoint).inc(response.usage.text_tokens)
+        metrics.prompt_tokens.labels(checkpoint).inc(response.usage.prompt_tokens)
+        metrics.completion_tokens.labels(checkpoint).inc(response.usage.completion_tokens)
+        metrics.first_token_seconds.observe(session.seconds_to_first_token())
+
+
+def _ids(session: Session) -> list[str | None]:
+    assert session.prepared is not None  # a session that has events was prepared
+    return [passage.id for passage in session.prepared.request.passages]
+
+
+def _compressed_passage(
+    session: Session, model: Model, body: CompressRequest, passage: CompressedPassage, store: EmbeddingStore
+) -> CompressedPassageOut:
+    assert session.prepared is not None  # a session that has events was prepared
+    source = session.prepared.request.passages[passage.index]
+    memory = passage.memory
+    score = max(chunk.score for chunk in passage.chunks)
+    stored = None
+    if body.store:
+        stored = store.put(StoredPassage(memory, score, passage.tokens, source.title, source.text, model.name))
+    return CompressedPassageOut(
+        index=passage.index,
+        id=source.id,
+        relevance=passage.relevance,
+        tokens=passage.tokens,
+        memory_tokens=len(memory),
+        rate=round(passage.tokens / len(memory), 3),
+        chunks=[
+            ChunkOut(start=c.start, end=c.end, tokens=c.tokens, memory_tokens=len(c.memory), score=c.score)
+            for c in passage.chunks
+        ],
+        embeddings=Embeddings(
+            dtype=body.dtype,
+            encoding=body.encoding,
+            shape=list(memory.shape),
+            data=encode_embeddings(memory, body.dtype, body.encoding),
+            score=score,
+            tokens=passage.tokens,
+            checkpoint=model.name,
+        ),
+        embedding_id=stored,
+    )

@@ -1,0 +1,121 @@
+"""Every knob of the service, read from `SCALEDOWN_*` environment variables or given as keywords. Knows no models."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from core.errors import ConfigError
+
+PREFIX = "SCALEDOWN_"
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """All settings. The description of a field is its `--help` text; the flag of `max_passages` is `--max-passages`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and logs it")
+
+    checkpoint: Path | None = Field(
+        default=None, description="checkpoint folder; unset: checkpoints/demo if it exists, else an untrained model"
+    )
+    checkpoint_root: Path | None = Field(
+        default=None, description="folder of checkpoints that may be swapped in; unset: the folder `checkpoint` is in"
+    )
+    base_model: str = Field(
+        default="smollm2-135m", description="generator of the untrained model, when there is no checkpoint"
+    )
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the model runs: cpu, cuda, cuda:1"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="number format of the weights"
+    )
+    threads: int = Field(default=0, ge=0, description="threads of one operation on the CPU; 0: torch decides")
+    keep_checkpoints: int = Field(default=1, ge=0, description="earlier checkpoints kept in memory to roll back to")
+    max_model_bytes: int = Field(
+        default=0, ge=0, description="memory for all loaded checkpoints together; 0: what the machine has free"
+    )
+    watch_seconds: float = Field(
+        default=0,
+        ge=0,
+        description="how often to look whether the link `checkpoint` points elsewhere; 0: only on SIGHUP",
+    )
+
+    max_body_bytes: Count = Field(default=16 * 2**20, description="largest request body in bytes")
+    max_buffered_bytes: Count = Field(default=256 * 2**20, description="request bodies held at one time, in bytes")
+    body_seconds: Seconds = Field(default=30, description="time a client has to send its whole body")
+    max_json_depth: Count = Field(default=16, description="deepest nesting of a JSON body")
+    max_query_chars: Count = Field(default=8192, description="longest query in characters")
+    max_passages: Count = Field(default=200, description="most passages in a request")
+    max_passage_chars: Count = Field(default=400_000, description="longest passage, with its title, in characters")
+    max_request_tokens: Count = Field(default=131_072, description="most generator tokens in all passages of a request")
+    max_new_tokens: Count = Field(default=512, description="longest answer a caller may ask for, in tokens")
+    max_stop: Count = Field(default=8, description="most stop strings in a request")
+    timeout_seconds: Seconds = Field(default=120, description="deadline of a request that names none")
+    max_timeout_seconds: Seconds = Field(default=600, description="longest deadline a caller may ask for")
+
+    max_requests: Count = Field(default=256, description="requests in the service at one time")
+    max_tokens_in_flight: Count = Field(default=262_144, description="tokens of all admitted requests together")
+    overload_status: Literal[429, 503] = Field(default=429, description="status of a request there is no room for")
+    batch_tokens: Count = Field(default=4096, description="tokens of one compression batch, padding included")
+    batch_wait_ms: float = Field(
+        default=2, ge=0, le=100, description="how long an idle worker waits for company, in ms"
+    )
+    prefill_tokens: Count = Field(default=8192, description="prompt tokens that join the running decode batch at once")
+    max_sequences: Count = Field(default=16, description="answers generated at one time")
+    tokenizer_threads: Count = Field(default=2, description="threads that tokenise requests")
+    store_bytes: int = Field(
+        default=256 * 2**20, ge=0, description="memory for embeddings kept by embedding_id; 0: none kept"
+    )
+
+    keepalive_seconds: Seconds = Field(default=15, description="silence on a stream before a keep-alive comment")
+    drain_seconds: Seconds = Field(default=30, description="time running requests get after SIGTERM")
+    stall_seconds: Seconds = Field(default=300, description="a worker this long on one step is taken for dead")
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="comma-separated keys, each plain or as sha256:<hex>; none: no key is asked for"
+    )
+    admin_key: SecretStr | None = Field(
+        default=None, description="key of /admin, plain or sha256:<hex>; unset: /admin is off"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe log line shown"
+    )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+
+    @field_validator("api_keys", "admin_key")
+    @classmethod
+    def _check_keys(cls, value: Any) -> Any:
+        for key in value if isinstance(value, tuple) else [value] * (value is not None):
+            text = key.get_secret_value()
+            if text.startswith("sha256:") and not re.fullmatch(r"sha256:[0-9a-f]{64}", text):
+                raise ValueError("sha256: must be followed by 64 lower-case hexadecimal digits")
+            if len(text) < 16:
+                raise ValueError("a key needs at least 16 characters")
+        return value
+
+
+def check_environment(names: Sequence[str] | None = None) -> None:
+    """Refuse `SCALEDOWN_*` variables that mean nothing: a typing error would otherwise leave a limit at its default.
+
+    Raises ConfigError that names them. `names` defaults to the environment's.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    ours = (name for name in (os.environ if names is None else names) if name.upper().startswith(PREFIX))
+    unknown = sorted(name for name in ours if name.upper() not in known)
+    if unknown:
+        raise ConfigError(f"unknown settings in the environment: {', '.join(unknown)}")
