@@ -102,23 +102,31 @@ def calibration_error(probabilities: Sequence[float] | Values, labels: Sequence[
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Fitted on half of the questions, measured on the other half.
+
+    scale, bias         Platt scaling of passage scores
+    threshold           best calibrated relevance of a question below which it counts as not answerable
+    balanced_accuracy   of that threshold on the other half
+    calibration_error   of passage probabilities on the other half
+    """
+
+    scale: float
+    bias: float
+    threshold: float
+    balanced_accuracy: float
+    calibration_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class NoAnswer:
     """How well the best relevance tells answerable questions from the same ones with only irrelevant passages.
 
-    auc                 ROC AUC over all questions
-    scale, bias         Platt scaling of passage scores, fitted on half of the questions
-    threshold           best calibrated relevance below which a question is not answerable, from the same half
-    balanced_accuracy   of that threshold on the other half
-    calibration_error   of passage probabilities on the other half
-    The last five are None where a half is too small to hold both kinds.
+    `auc` is over all questions; `calibration` is None where there is but one.
     """
 
     auc: Interval
-    scale: float | None = None
-    bias: float | None = None
-    threshold: float | None = None
-    balanced_accuracy: float | None = None
-    calibration_error: float | None = None
+    calibration: Calibration | None
 
 
 Scored = tuple[Sequence[float], Sequence[bool]]  # scores and gold labels of one question's passages
@@ -135,18 +143,26 @@ def measure_no_answer(questions: Sequence[Scored], bootstrap: Bootstrap) -> NoAn
     auc = bootstrap.paired(roc_auc, with_gold, without)
     order = np.random.default_rng(bootstrap.seed).permutation(len(questions))
     fit, held = ([questions[i] for i in half] for half in np.array_split(order, 2))
-    if not held:
-        return NoAnswer(auc)
+    return NoAnswer(auc, calibrate(fit, held) if held else None)
+
+
+def calibrate(fit: Sequence[Scored], held: Sequence[Scored]) -> Calibration:
+    """Scaling and threshold from `fit`, their quality on `held`."""
     platt = fit_platt(*_flatten(fit))
-    threshold = best_threshold(
-        platt([max(scores) for scores, _ in fit]), platt([_best_irrelevant(question) for question in fit])
+    threshold = min(1.0, best_threshold(*_best_relevances(fit, platt)))
+    scores, labels = _flatten(held)
+    return Calibration(
+        platt.scale,
+        platt.bias,
+        threshold,
+        balanced_accuracy(*_best_relevances(held, platt), threshold),
+        calibration_error(platt(scores), labels),
     )
-    held_scores, held_labels = _flatten(held)
-    accuracy = balanced_accuracy(
-        platt([max(scores) for scores, _ in held]), platt([_best_irrelevant(question) for question in held]), threshold
-    )
-    error = calibration_error(platt(held_scores), held_labels)
-    return NoAnswer(auc, platt.scale, platt.bias, min(1.0, threshold), accuracy, error)
+
+
+def _best_relevances(questions: Sequence[Scored], platt: PlattScaling) -> tuple[Values, Values]:
+    """The best calibrated relevance of each question, with and without its gold passages."""
+    return platt([max(scores) for scores, _ in questions]), platt([_best_irrelevant(each) for each in questions])
 
 
 def _best_irrelevant(question: Scored) -> float:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.judge import Case, JudgeEndpoint, JudgeError, judge, judge_messages, parse_verdict
+from training.chat_endpoint import ChatEndpoint, EndpointError
+from training.judge import Case, judge, judge_messages, parse_verdict
 
 CASE = Case("Who wrote Faust?", ("Goethe", "J. W. von Goethe"), "Goethe")
 
@@ -17,82 +18,59 @@ CASE = Case("Who wrote Faust?", ("Goethe", "J. W. von Goethe"), "Goethe")
 class ChatEndpointDouble:
     """Replies to /chat/completions in process; stands in for a real judge model, and judges by `verdict`."""
 
-    def __init__(self, verdict: Callable[[str], str], failures: list[httpx.Response | Exception] | None = None) -> None:
+    def __init__(self, verdict: Callable[[str], str]) -> None:
         self.verdict = verdict
-        self.failures = failures or []
         self.requests: list[httpx.Request] = []
         self._lock = threading.Lock()
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         with self._lock:
             self.requests.append(request)
-            failure = self.failures.pop(0) if self.failures else None
-        if isinstance(failure, Exception):
-            raise failure
-        if failure is not None:
-            return failure
-        user = json.loads(request.content)["messages"][1]["content"]
-        return httpx.Response(
-            200, json={"choices": [{"message": {"role": "assistant", "content": self.verdict(user)}}]}
-        )
+        reply = self.verdict(json.loads(request.content)["messages"][1]["content"])
+        return httpx.Response(200, json={"choices": [{"message": {"role": "assistant", "content": reply}}]})
 
 
-def run(double: ChatEndpointDouble, cases: list[Case], **options: object) -> tuple[list[float | None], list[float]]:
-    waits: list[float] = []
-    endpoint = JudgeEndpoint("http://judge.test/v1/", "a-model", **options)  # type: ignore[arg-type]  # test options
-    blocks = judge(endpoint, cases, transport=httpx.MockTransport(double), sleep=waits.append)
-    return [score for block in blocks for score in block], waits
+def run(
+    handler: Callable[[httpx.Request], httpx.Response], cases: list[Case], concurrency: int = 8
+) -> list[list[float | None]]:
+    endpoint = ChatEndpoint("http://judge.test/v1", "a-model", "secret", concurrency)
+    return list(judge(endpoint, cases, transport=httpx.MockTransport(handler)))
 
 
-def test_verdicts_come_in_the_order_of_the_cases() -> None:
+def test_verdicts_come_in_the_order_of_the_cases_in_blocks_that_can_be_saved() -> None:
     cases = [Case(f"question {number}", ("x",), str(number % 3)) for number in range(50)]
     levels = {"0": "0", "1": "0.5", "2": "1"}
     double = ChatEndpointDouble(lambda user: levels[user.split("Answer to grade: ")[1][0]])
-    scores, waits = run(double, cases, concurrency=3)
-    assert scores == [(number % 3) / 2 for number in range(50)]
+    blocks = run(double, cases, concurrency=3)
+    assert [score for block in blocks for score in block] == [(number % 3) / 2 for number in range(50)]
+    assert [len(block) for block in blocks] == [12, 12, 12, 12, 2]
     assert len(double.requests) == 50
-    assert waits == []
 
 
-def test_request_names_model_key_and_all_references() -> None:
-    double = ChatEndpointDouble(lambda _: "1")
-    scores, _ = run(double, [CASE], api_key="secret")
-    request, body = double.requests[0], json.loads(double.requests[0].content)
-    assert scores == [1.0]
-    assert str(request.url) == "http://judge.test/v1/chat/completions"
-    assert request.headers["authorization"] == "Bearer secret"
+def test_the_judge_sees_question_answer_and_all_references() -> None:
+    double = ChatEndpointDouble(lambda _: "nonsense")
+    assert run(double, [CASE]) == [[None]]
+    body = json.loads(double.requests[0].content)
     assert (body["model"], body["temperature"]) == ("a-model", 0)
     assert body["messages"] == judge_messages(CASE)
-    assert "Goethe | J. W. von Goethe" in body["messages"][1]["content"]
+    user = body["messages"][1]["content"]
+    assert all(part in user for part in ("Who wrote Faust?", "Goethe | J. W. von Goethe", "Answer to grade: Goethe"))
 
 
-def test_busy_and_unreachable_endpoints_are_asked_again() -> None:
-    failures: list[httpx.Response | Exception] = [
-        httpx.Response(429, headers={"retry-after": "7"}),
-        httpx.ConnectError("refused"),
-        httpx.Response(503, headers={"retry-after": "3600"}),
-    ]
-    double = ChatEndpointDouble(lambda _: "0.5", failures)
-    scores, waits = run(double, [CASE])
-    assert scores == [0.5]
-    assert waits == [7.0, 1.0, 30.0]  # as asked; the second step of the back-off; as asked, but no longer than 30 s
+def test_blocks_before_a_refusal_are_given_out() -> None:
+    seen: list[httpx.Request] = []
 
+    def refuse_after_four(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if len(seen) > 4:
+            return httpx.Response(401)
+        return httpx.Response(200, json={"choices": [{"message": {"content": "1"}}]})
 
-@pytest.mark.parametrize(
-    ("failures", "message", "requests"),
-    [
-        ([httpx.Response(401)], "HTTP 401", 1),
-        ([httpx.Response(500)] * 3, "HTTP 500", 3),
-        ([httpx.ReadTimeout("slow")] * 3, "cannot be reached", 3),
-        ([httpx.Response(200, json={"choices": []})], "does not reply in the form", 1),
-        ([httpx.Response(200, text="<html>")], "does not reply in the form", 1),
-    ],
-)
-def test_hopeless_endpoints_raise(failures: list[httpx.Response | Exception], message: str, requests: int) -> None:
-    double = ChatEndpointDouble(lambda _: "1", list(failures))
-    with pytest.raises(JudgeError, match=message):
-        run(double, [CASE], tries=3)
-    assert len(double.requests) == requests
+    endpoint = ChatEndpoint("http://judge.test/v1", "a-model", concurrency=1)
+    blocks = judge(endpoint, [CASE] * 6, transport=httpx.MockTransport(refuse_after_four))
+    assert next(blocks) == [1.0] * 4
+    with pytest.raises(EndpointError, match="HTTP 401"):
+        next(blocks)
 
 
 @pytest.mark.parametrize(

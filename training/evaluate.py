@@ -1,0 +1,132 @@
+"""`evaluate`: text, hybrid and compressed side by side on the same questions, with the ranking that comes with them.
+
+Reads a checkpoint and rows, writes `results.jsonl` (resumable), `result.json` and the report. Measures nothing itself.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.checkpoint import load_checkpoint
+from core.errors import ConfigError
+from core.model import Model
+from core.sampling import GenerationOptions
+from training.chat_endpoint import ChatEndpoint
+from training.data_format import read_rows
+from training.data_quality import DataError
+from training.evaluation import MODES, Plan, evaluate, judge_answers
+from training.intervals import Bootstrap
+from training.questions import Question, to_questions
+from training.report import settings_table, write_report
+from training.results import Record, ResultsFile, read_results
+from training.summary import summarise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="rows in the data format (.jsonl or .jsonl.gz)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of results and report; resumes what it holds")
+    parser.add_argument("--limit", type=int, help="the first questions only")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rates", nargs="+", type=int, help="compression rates (default: all of the checkpoint)")
+    parser.add_argument("--passages", nargs="+", type=int, default=[5], help="numbers of passages to answer from")
+    parser.add_argument("--ranking-passages", type=int, default=0, help="rank more than are answered from")
+    parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions answered side by side")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--cost-questions", type=int, default=8, help="questions to count operations and memory of")
+    parser.add_argument("--text-baseline", type=Path, help="results.jsonl whose text mode is what retention is against")
+    parser.add_argument("--judge-url", help="OpenAI-compatible endpoint of a judge, up to /v1")
+    parser.add_argument("--judge-model", help="the judge's name there")
+    parser.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="environment variable of its key")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the calibration's split")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, summarise and report. Raises ScaledownError for what the user can mend."""
+    if (args.judge_url is None) != (args.judge_model is None):
+        raise ConfigError("--judge-url and --judge-model go together")
+    questions = _read_questions(args.data, args.limit)
+    model = load_checkpoint(args.checkpoint, device=args.device, dtype=DTYPES[args.dtype])
+    plan = Plan(
+        modes=tuple(args.modes),
+        rates=tuple(args.rates or model.config.compressor.rates),
+        passages=tuple(args.passages),
+        ranking_passages=args.ranking_passages,
+        batch_size=args.batch_size,
+        embedding_model=args.embedding_model,
+        cost_questions=args.cost_questions,
+        options=GenerationOptions(max_new_tokens=args.max_new_tokens),
+    )
+    described = _describe_run(args, model, len(questions))
+    results = ResultsFile.open(args.out / "results.jsonl", described)
+    evaluate(model, questions, results, plan)
+    if args.judge_url is not None:
+        key = os.environ.get(args.judge_key_env, "")
+        judge_answers(ChatEndpoint(args.judge_url, args.judge_model, key), questions, results)
+    summary = summarise(
+        described | {"environment": _environment(args)},
+        results.records,
+        Bootstrap(args.resamples, seed=args.seed),
+        _read_baseline(args.text_baseline, described),
+    )
+    for path in write_report(summary, args.out):
+        log.info("wrote %s", path)
+    log.info("%s", settings_table(summary))
+
+
+def _read_questions(data: Path, limit: int | None) -> list[Question]:
+    """The questions of a file. Raises DataError."""
+    rows, report = read_rows(data)
+    log.info("%s", report)
+    if not rows:
+        raise DataError(f"{data.name}: no usable rows")
+    return to_questions(rows[:limit])
+
+
+def _describe_run(args: argparse.Namespace, model: Model, questions: int) -> dict[str, Any]:
+    """What all records of a results file have in common; another value of any of it is another run."""
+    return {
+        "checkpoint": model.name,
+        "generator": model.base.name,
+        "compressor": model.config.compressor.kind,
+        "data": args.data.name,
+        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "questions": questions,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": args.dtype,
+    }
+
+
+def _environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What times depend on."""
+    return {
+        "device": args.device,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": args.batch_size,
+    }
+
+
+def _read_baseline(path: Path | None, described: dict[str, Any]) -> list[Record]:
+    """Another run's records on the same questions. Raises ConfigError where the data differs."""
+    if path is None:
+        return []
+    baseline = read_results(path)
+    if baseline.run.get("data_sha256") != described["data_sha256"]:
+        raise ConfigError(f"--text-baseline {path}: was measured on other data")
+    return baseline.records
