@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from core.base_models import BaseModel, resolve_base_model
@@ -32,7 +33,7 @@ from core.golden import read_golden, record_golden, verify_golden, write_golden
 from core.manifest import ALLOWED, DTYPES, dtype_name, parse_json, read_bounded, read_manifest, write_manifest
 from core.model import Model, build_compressor, place
 from core.prompts import PromptTemplate
-from core.tensor_files import read_into, read_tensors, shapes_of, write_tensors
+from core.tensor_files import check_tensors, read_into, read_tensors, shapes_of, write_tensors
 
 COMPRESSOR, ENCODER, ADAPTER, MERGED = "compressor.safetensors", "compressor_base", "generator.safetensors", "generator"
 
@@ -166,8 +167,7 @@ def _load_compressor(folder: Path, config: Config, generator: Generator, stored:
         # First without memory: a config may ask for any size, but the file's tensors are of the size they are.
         with torch.device("meta"):
             shapes = shapes_of(build_compressor(config, generator, encoder))
-        for _ in read_tensors(folder / COMPRESSOR, shapes, stored):
-            break
+        check_tensors(folder / COMPRESSOR, shapes, stored)
         compressor = build_compressor(config, generator, encoder)
     except (BaseModelError, ConfigError, OSError, ValueError) as error:
         raise CheckpointError(f"the compressor that config.json describes cannot be built: {error}") from None
@@ -208,8 +208,8 @@ def _staging(folder: Path) -> Iterator[Path]:
         _flush(staging)
         staging.rename(folder)  # atomic; fails where someone has made `folder` in the meantime
         _flush(folder.parent, files=False)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -1,7 +1,9 @@
 """Tensors to and from safetensors files, checked name by name. Knows neither models nor checkpoints."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError
 
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -30,27 +32,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype)
         raise CheckpointError(f"{path.name}: cannot be written ({error})") from None
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `path` one by one, exactly those that `shapes` names, floating-point ones stored as `dtype`.
+def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Check by the header of `path` alone that it holds exactly the tensors of `shapes`, stored as `dtype`.
 
-    Only the header is read until all of it is found right, so no memory is taken for a file that does not fit.
-    Raises CheckpointError that names the tensor that is missing, unknown, or of the wrong shape or type.
+    Takes no memory for a file that does not fit. Raises CheckpointError that names the tensor that is missing,
+    unknown, or of the wrong shape or type.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            _check_names(path.name, names, set(shapes))
-            for name in sorted(names):
-                header = file.get_slice(name)
-                shape, stored = tuple(header.get_shape()), header.get_dtype()
-                if shape != shapes[name]:
-                    raise CheckpointError(f"{path.name}: {name} has shape {shape}, not {shapes[name]}")
-                if stored.startswith(("F", "BF")) and stored != STORED[dtype]:
-                    raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {STORED[dtype]}")
-            for name in sorted(names):
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name}: is not a readable safetensors file ({error})") from None
+    with _open(path) as file:
+        names = set(file.keys())
+        missing, unknown = sorted(shapes.keys() - names), sorted(names - shapes.keys())
+        if missing:
+            raise CheckpointError(f"{path.name}: lacks {len(missing)} tensors, first {missing[0]}")
+        if unknown:
+            raise CheckpointError(f"{path.name}: has {len(unknown)} unknown tensors, first {unknown[0]}")
+        for name in sorted(names):
+            header = file.get_slice(name)
+            shape, stored = tuple(header.get_shape()), header.get_dtype()
+            if shape != shapes[name]:
+                raise CheckpointError(f"{path.name}: {name} has shape {shape}, not {shapes[name]}")
+            if stored != STORED[dtype]:
+                raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {STORED[dtype]}")
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `path` one by one, after `check_tensors`. Raises CheckpointError as it does."""
+    check_tensors(path, shapes, dtype)
+    with _open(path) as file:
+        for name in sorted(shapes):
+            yield name, file.get_tensor(name)
 
 
 @torch.no_grad()
@@ -61,9 +70,10 @@ def read_into(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
         state[name].copy_(value)
 
 
-def _check_names(file: str, names: set[str], expected: set[str]) -> None:
-    missing, unknown = sorted(expected - names), sorted(names - expected)
-    if missing:
-        raise CheckpointError(f"{file}: lacks {len(missing)} tensors, first {missing[0]}")
-    if unknown:
-        raise CheckpointError(f"{file}: has {len(unknown)} unknown tensors, first {unknown[0]}")
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: is not a readable safetensors file ({error})") from None
