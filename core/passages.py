@@ -13,7 +13,7 @@ from core.errors import InvalidInputError
 from core.tokenization import Tokens, encode
 
 # A sentence ends at its punctuation with any closing quotes and the space behind, at CJK stops, and at line ends.
-SENTENCE_END = re.compile(r"""[.!?…]["'”’»)\]]*\s+|[。！？｡]["'”’」』）]*\s*|\n+""")
+SENTENCE_END = re.compile(r"""[.!?…؟۔।]["'”’»)\]]*\s+|[。！？｡]["'”’」』）]*\s*|\n+""")
 Indices = NDArray[np.int64]
 
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from core.base_models import resolve_base_model
 from core.errors import BaseModelError
 from tests import tiny_models
 
+settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+settings.load_profile("suite")
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -22,8 +22,7 @@ class EncoderCompressor(Compressor):
         row_format = encoder_row_format(tokenizer, config)
         fixed = len(row_format.head) + len(row_format.joint) + len(row_format.tail) + config.max_memory_tokens + 1
         longest = fixed + config.query_tokens + config.chunk_tokens
-        # mypy: transformers does not type this call.
-        backbone = AutoModel.from_config(encoder_config)  # type: ignore[no-untyped-call]
+        backbone = AutoModel.from_config(encoder_config)
         positions = _positions(backbone)
         if positions is not None and longest > positions:
             raise ConfigError(

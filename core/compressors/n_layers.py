@@ -3,7 +3,7 @@
 import copy
 
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.compressors.base import Compressor
 from core.config import CompressorConfig
@@ -25,8 +25,7 @@ class NLayersCompressor(Compressor):
             raise ConfigError(
                 f"compressor.n_layers: {config.n_layers} is over the generator's {base_config.num_hidden_layers} layers"
             )
-        # mypy: transformers does not type this call.
-        backbone = AutoModel.from_config(first_layers_config(base_config, config.n_layers))  # type: ignore[no-untyped-call]
+        backbone = AutoModel.from_config(first_layers_config(base_config, config.n_layers))
         if not all(hasattr(backbone, part) for part in ("embed_tokens", "layers", "norm")):
             raise ConfigError(f"compressor.kind: n_layers cannot copy layers of a {base_config.model_type} model")
         # The embeddings are the raw residual stream: a final norm trained for the last layer would distort it.
@@ -44,7 +43,7 @@ def first_layers_config(base_config: PretrainedConfig, n_layers: int) -> Pretrai
     return config
 
 
-def first_layers_state(base: PreTrainedModel, n_layers: int) -> dict[str, Tensor]:
+def first_layers_state(base: nn.Module, n_layers: int) -> dict[str, Tensor]:
     """Weights of `base` (a headless decoder) that its first `n_layers` layers need, by the backbone's names."""
     wanted = ("embed_tokens.", *(f"layers.{index}." for index in range(n_layers)))
     return {name: weight for name, weight in base.state_dict().items() if name.startswith(wanted)}
