@@ -1,0 +1,294 @@
+"""Continuous batching: every answer is the one it would be alone, whoever joins, leaves or fails meanwhile."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from core import decoding
+from core.base_models import BaseModel
+from core.config import PromptConfig
+from core.decoding import Completion, DecodeBatch, Event, generate, stream
+from core.decoding import Sequence as DecodedSequence
+from core.errors import CancelledError, OverloadedError, TooLargeError
+from core.generator import Generator, load_generator
+from core.kv_slots import CAPACITY_STEP
+from core.prompts import Block, Prompt, PromptTemplate
+from core.sampling import GenerationOptions
+from core.tokenization import encode, load_tokenizer
+
+ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
+GREEDY = GenerationOptions(max_new_tokens=12)
+SAMPLED = GenerationOptions(max_new_tokens=12, temperature=1.3, top_k=40, top_p=0.95, seed=11)
+
+
+def sliding(folder: Path, **changes: Any) -> Generator:
+    """The model in `folder` with a sliding window of 6 positions, shorter than every prompt here."""
+    model = AutoModelForCausalLM.from_pretrained(folder, sliding_window=6, **changes).eval()
+    return Generator(model, load_tokenizer(folder))
+
+
+@pytest.fixture(scope="module", params=[*ALL, "mistral_sliding", "qwen2_mixed"])
+def generator(request: pytest.FixtureRequest) -> Generator:
+    if request.param == "mistral_sliding":
+        return sliding(request.getfixturevalue("tiny_mistral"))
+    if request.param == "qwen2_mixed":  # two layers see everything, two a window
+        kinds = ["full_attention", "sliding_attention"] * 2
+        return sliding(request.getfixturevalue("tiny_qwen2"), use_sliding_window=True, layer_types=kinds)
+    return load_generator(BaseModel("tiny", request.getfixturevalue(request.param), ""))
+
+
+@pytest.fixture(scope="module")
+def qwen3(tiny_qwen3: Path) -> Generator:
+    return load_generator(BaseModel("tiny", tiny_qwen3, ""))
+
+
+def prompt_of(generator: Generator, seed: int, blocks: int = 2) -> Prompt:
+    """A prompt of random text and memory; its length depends on `seed`."""
+    source = torch.Generator().manual_seed(seed)
+    table = generator.embed(torch.arange(300))
+    mixed = [
+        Block(memory=table[torch.randint(300, (1 + (seed + i) % 4,), generator=source)])
+        if (seed + i) % 2
+        else Block(text_ids=torch.randint(5, 300, (1 + 3 * seed % 17,), generator=source).tolist())
+        for i in range(blocks)
+    ]
+    return PromptTemplate(generator.tokenizer, PromptConfig(system="Be brief.")).build(f"Which {seed}?", mixed)
+
+
+def alone(generator: Generator, prompt: Prompt, options: GenerationOptions) -> Completion:
+    return generate(generator, [prompt], [options])[0]
+
+
+def test_greedy_tokens_are_those_of_transformers(generator: Generator) -> None:
+    prompts = [prompt_of(generator, seed) for seed in range(5)]
+    completions = generate(generator, prompts, [GREEDY] * 5)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        spliced = generator.splice(prompt.ids[None], prompt.memory_mask[None], prompt.memory)
+        expected = generator.model.generate(  # type: ignore[operator]  # a module's attribute may be a tensor
+            inputs_embeds=spliced,
+            attention_mask=torch.ones(1, prompt.tokens, dtype=torch.int64),
+            max_new_tokens=GREEDY.max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(generator.eos_ids),
+            pad_token_id=0,
+        )
+        assert completion.token_ids == expected[0].tolist()
+    assert len({tuple(completion.token_ids) for completion in completions}) > 1
+
+
+@pytest.mark.parametrize("max_sequences", [1, 2, 8])
+def test_batched_equals_one_by_one(generator: Generator, max_sequences: int) -> None:
+    prompts = [prompt_of(generator, seed, blocks=seed % 4) for seed in range(6)]
+    options = [GREEDY, SAMPLED] * 3
+    together = generate(generator, prompts, options, max_sequences=max_sequences)
+    assert together == [alone(generator, *pair) for pair in zip(prompts, options, strict=True)]
+
+
+def test_padding_changes_nothing(qwen3: Generator) -> None:
+    short, long = prompt_of(qwen3, 1), prompt_of(qwen3, 2, blocks=40)
+    assert long.tokens > 3 * short.tokens
+    batch = DecodeBatch(qwen3, 2, 1000)
+    sequences = batch.add([short, long], [GREEDY, GREEDY])
+    drain(batch)
+    assert sequences[0].token_ids == alone(qwen3, short, GREEDY).token_ids
+
+
+def test_prompts_prefilled_in_several_passes_keep_their_order(
+    qwen3: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt_of(qwen3, seed, blocks=seed) for seed in (1, 5, 0, 3)]
+    expected = [alone(qwen3, prompt, GREEDY).token_ids for prompt in prompts]
+    monkeypatch.setattr(decoding, "MAX_PREFILL_TOKENS", 2 * prompts[0].tokens)
+    batch = DecodeBatch(qwen3, 4, 400)
+    sequences = batch.add(prompts, [GREEDY] * 4)
+    drain(batch)
+    assert [sequence.token_ids for sequence in sequences] == expected
+
+
+def drain(batch: DecodeBatch) -> list[Event]:
+    events: list[Event] = []
+    while batch.live:
+        events += batch.step()
+    return events
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_joining_and_leaving_change_no_answer(qwen3: Generator, seed: int) -> None:
+    schedule = random.Random(seed)
+    kinds = [
+        GenerationOptions(max_new_tokens=schedule.randint(1, 14), temperature=schedule.choice([0.0, 1.2]), seed=i)
+        for i in range(8)
+    ]
+    prompts = [prompt_of(qwen3, i, blocks=schedule.randint(0, 9)) for i in range(8)]
+    batch = DecodeBatch(qwen3, 3, 400)
+    running: dict[int, DecodedSequence] = {}
+    waiting, cancelled = list(range(8)), set()
+    while waiting or batch.live:
+        count = schedule.randint(0, min(batch.free_slots, len(waiting)))
+        joining, waiting = waiting[:count], waiting[count:]
+        added = batch.add([prompts[i] for i in joining], [kinds[i] for i in joining])
+        running |= dict(zip(joining, added, strict=True))
+        if running and schedule.random() < 0.25:  # before its first token, in the midst, or after its end
+            chosen = schedule.choice(sorted(running))
+            cancelled |= {chosen} if running[chosen].finish_reason is None else set()
+            batch.cancel(running[chosen])
+        batch.step()
+    assert len(running) == 8
+    for i, sequence in running.items():
+        expected = alone(qwen3, prompts[i], kinds[i])
+        if i in cancelled:
+            assert sequence.token_ids == expected.token_ids[: len(sequence.token_ids)]
+            assert sequence.finish_reason is None
+        else:
+            assert (sequence.token_ids, sequence.finish_reason) == (expected.token_ids, expected.finish_reason)
+
+
+def test_slots_grow_while_sequences_run(qwen3: Generator) -> None:
+    long = prompt_of(qwen3, 4, blocks=30)
+    assert long.tokens > CAPACITY_STEP
+    batch = DecodeBatch(qwen3, 4, 2000)
+    first = batch.add([prompt_of(qwen3, 1)], [GREEDY])[0]
+    batch.step()
+    second = batch.add([long], [GREEDY])[0]
+    drain(batch)
+    assert first.token_ids == alone(qwen3, prompt_of(qwen3, 1), GREEDY).token_ids
+    assert second.token_ids == alone(qwen3, long, GREEDY).token_ids
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_streamed_text_joined_is_the_whole(generator: Generator, options: GenerationOptions) -> None:
+    prompt = prompt_of(generator, 3)
+    events = list(stream(generator, prompt, options))
+    completion = alone(generator, prompt, options)
+    assert "".join(event.text for event in events) == completion.text
+    assert [event.token_id for event in events] == completion.token_ids
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + [completion.finish_reason]
+
+
+def test_a_stop_string_across_tokens_ends_the_answer(qwen3: Generator) -> None:
+    prompt, options = prompt_of(qwen3, 5), GenerationOptions(max_new_tokens=30, temperature=1.0, seed=2)
+    events = list(stream(qwen3, prompt, options))
+    whole = "".join(event.text for event in events)
+    border = len("".join(event.text for event in events[:10]))
+    stop = whole[border - 2 : border + 2]
+    completion = alone(qwen3, prompt, GenerationOptions(max_new_tokens=30, temperature=1.0, seed=2, stop=(stop,)))
+    assert len(stop) == 4
+    assert completion.text == whole[: whole.index(stop)]
+    assert completion.finish_reason == "stop"
+    assert len(completion.token_ids) < len(events)
+
+
+def test_the_end_of_turn_ends_the_answer_and_leaves_no_text(qwen3: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = prompt_of(qwen3, 6)
+    ids = alone(qwen3, prompt, SAMPLED).token_ids
+    end = next(token for token in ids if ids.index(token) >= 3)
+    monkeypatch.setattr(qwen3, "eos_ids", frozenset({end}))
+    completion = alone(qwen3, prompt, SAMPLED)
+    assert completion.token_ids == ids[: ids.index(end) + 1]
+    assert completion.finish_reason == "stop"
+    assert completion.text == qwen3.tokenizer.decode(ids[: ids.index(end)]).rstrip("\ufffd")  # type: ignore[union-attr]
+
+
+def test_the_end_of_a_room_ends_the_answer(qwen3: Generator) -> None:
+    prompt = prompt_of(qwen3, 1)
+    batch = DecodeBatch(qwen3, 1, prompt.tokens + 4)
+    sequence = batch.add([prompt], [GREEDY])[0]
+    drain(batch)
+    assert sequence.token_ids == alone(qwen3, prompt, GREEDY).token_ids[:4]
+    assert sequence.finish_reason == "length"
+
+
+def test_a_cancelled_sequence_frees_its_slot_at_once(qwen3: Generator) -> None:
+    batch = DecodeBatch(qwen3, 2, 200)
+    first, second = batch.add([prompt_of(qwen3, 1), prompt_of(qwen3, 2)], [GREEDY, GREEDY])
+    batch.step()
+    batch.cancel(first)
+    batch.cancel(first)
+    assert (batch.live, batch.free_slots) == (1, 1)
+    assert [event.sequence for event in batch.step()] == [second]
+    assert len(first.token_ids) == 1
+
+
+def test_should_cancel_is_asked_between_tokens(qwen3: Generator) -> None:
+    asked = iter([False, False, False, True])
+    events = stream(qwen3, prompt_of(qwen3, 1), GREEDY, should_cancel=lambda: next(asked))
+    assert len([next(events), next(events)]) == 2
+    with pytest.raises(CancelledError):
+        next(events)
+    with pytest.raises(CancelledError):
+        generate(qwen3, [prompt_of(qwen3, 1)], [GREEDY], should_cancel=lambda: True)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(qwen3: Generator) -> None:
+    batch = DecodeBatch(qwen3, 1, 60)
+    with pytest.raises(TooLargeError, match=r"passages: the prompt has \d+ tokens; at most 59 fit") as caught:
+        batch.add([prompt_of(qwen3, 1, blocks=30)], [GREEDY])
+    assert caught.value.limit == 59
+    with pytest.raises(OverloadedError, match="2 sequences need a slot; 1 are free"):
+        batch.add([prompt_of(qwen3, 1)] * 2, [GREEDY] * 2)
+    with pytest.raises(ValueError, match="2 prompts came with 1 options"):
+        generate(qwen3, [prompt_of(qwen3, 1)] * 2, [GREEDY])
+    assert (batch.live, batch.free_slots, batch.step()) == (0, 1, [])
+    assert generate(qwen3, [], []) == []
+
+
+class OutOfMemory(RuntimeError):
+    """Stands for the hardware's."""
+
+
+def failing(call: Callable[..., Tensor], fail_at: set[int]) -> Callable[..., Tensor]:
+    count = iter(range(1000))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Tensor:
+        if next(count) in fail_at:
+            raise OutOfMemory
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("method", ["hidden_states", "next_logits"])
+def test_a_failed_pass_loses_no_sequence(qwen3: Generator, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [alone(qwen3, prompt_of(qwen3, seed), SAMPLED) for seed in (1, 2)]
+    batch = DecodeBatch(qwen3, 3, 200)
+    monkeypatch.setattr(qwen3, method, failing(getattr(qwen3, method), {1, 3, 5}))
+    first = batch.add([prompt_of(qwen3, 1)], [SAMPLED])[0]  # pass 0
+    with pytest.raises(OutOfMemory):
+        batch.add([prompt_of(qwen3, 2)], [SAMPLED])  # pass 1
+    assert batch.live == 1
+    second = batch.add([prompt_of(qwen3, 2)], [SAMPLED])[0]  # pass 2
+    failures = 0
+    while batch.live:
+        try:
+            batch.step()
+        except OutOfMemory:
+            failures += 1
+    assert failures == 2
+    assert [first.token_ids, second.token_ids] == [completion.token_ids for completion in expected]
+
+
+def test_an_unseeded_answer_differs_from_run_to_run(qwen3: Generator) -> None:
+    options = GenerationOptions(max_new_tokens=12, temperature=2.0)
+    prompt = prompt_of(qwen3, 1)
+    assert alone(qwen3, prompt, options).token_ids != alone(qwen3, prompt, options).token_ids
+
+
+def test_smollm2_answers_from_its_background(smollm2: Path) -> None:
+    generator = load_generator(BaseModel("smollm2-135m", smollm2, ""))
+    texts = ["The capital of Freedonia is Zubrovka.", "The capital of Sylvania is Lutz."]
+    blocks = [Block(text_ids=encode(generator.tokenizer, text).ids) for text in texts]
+    template = PromptTemplate(generator.tokenizer, PromptConfig())
+    prompts = [template.build(f"What is the capital of {land}?", blocks) for land in ("Freedonia", "Sylvania")]
+    answers = generate(generator, prompts, [GenerationOptions(max_new_tokens=24)] * 2)
+    assert "Zubrovka" in answers[0].text
+    assert "Lutz" in answers[1].text
+    assert [answer.finish_reason for answer in answers] == ["stop", "stop"]
