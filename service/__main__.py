@@ -29,7 +29,8 @@ sha256:<hex of the key's SHA-256>.
   curl -s localhost:8000/answer -H 'Content-Type: application/json' -d '{{"query": "When does iron melt?",
     "passages": ["Iron melts at 1538 degrees Celsius."]}}'
 
-SIGTERM finishes what runs, within --drain-seconds, and exits with 0.
+SIGTERM finishes what runs, within --drain-seconds, and exits with 0. SIGHUP looks again at what --checkpoint (a link,
+say) points at, and changes to it without losing a request.
 """
 
 
@@ -42,11 +43,13 @@ class Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         """Note the loop for signals, then start as usual."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        self._loop.add_signal_handler(signal.SIGHUP, self._follow_link)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end."""
@@ -55,6 +58,9 @@ class Server(uvicorn.Server):
         if not self.should_exit and self._loop is not None:
             self._loop.call_soon_threadsafe(self._drain)
         self.should_exit = True
+
+    def _follow_link(self) -> None:
+        self._following = asyncio.create_task(self._app.state.checkpoints.follow_link())
 
     def _drain(self) -> None:
         engine = getattr(self._app.state, "engine", None)

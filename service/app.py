@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import ScaledownError
 from core.model import Model
-from service import health, routes
+from service import admin, health, routes
 from service.auth import KeyRing
+from service.checkpoints import Checkpoints
 from service.engine import Engine
 from service.errors import error_response, plain_response, validation_error
-from service.loading import load_model, warm_up
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, RequestContext
 from service.settings import Settings
@@ -41,13 +41,17 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = app.state.engine = Engine(settings, metrics)
-        watchdog = asyncio.create_task(health.watch_worker(engine, on_fatal or (lambda: os._exit(os.EX_SOFTWARE))))
+        checkpoints = app.state.checkpoints = Checkpoints(engine, settings)
+        tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
         try:
-            await _serve_first(engine, settings, model)
+            await checkpoints.start(model)
+            if settings.watch_seconds:
+                tasks.append(asyncio.create_task(checkpoints.watch()))
             yield
         finally:
             await engine.drain(0)
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
             engine.stop()
 
     app = FastAPI(
@@ -58,7 +62,7 @@ def create_app(
         redoc_url=None,
         docs_url=None,
     )
-    routers = (health.router, routes.router)
+    routers = (health.router, routes.router, admin.router)
     for router in routers:
         app.include_router(router)
     _handle_errors(app, settings, metrics)
@@ -70,13 +74,9 @@ def create_app(
     return app
 
 
-async def _serve_first(engine: Engine, settings: Settings, model: Model | None) -> None:
-    """Load (unless given), warm and activate the first version."""
-    loop = asyncio.get_running_loop()
-    loaded = model if model is not None else await loop.run_in_executor(None, load_model, settings)
-    await loop.run_in_executor(None, warm_up, loaded)
-    engine.activate(engine.open_version(loaded))
-    log.info("ready", extra={"checkpoint": loaded.name, "trained": loaded.config.trained})
+def _exit() -> None:
+    # Not sys.exit: a worker that is stuck would keep the process from ending.
+    os._exit(os.EX_SOFTWARE)
 
 
 def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from service.metrics import Metrics
+
 
 @dataclass(frozen=True, slots=True)
 class StoredPassage:
@@ -31,13 +33,12 @@ class StoredPassage:
 class EmbeddingStore:
     """Least recently used entries leave first when `max_bytes` is passed. Safe to use from any thread."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, StoredPassage] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
-        self.hits = 0
-        self.misses = 0
 
     @property
     def size(self) -> int:
@@ -62,9 +63,7 @@ class EmbeddingStore:
         """The entry of that id, if it is still here."""
         with self._lock:
             entry = self._entries.get(embedding_id)
-            if entry is None:
-                self.misses += 1
-                return None
-            self._entries.move_to_end(embedding_id)
-            self.hits += 1
-            return entry
+            if entry is not None:
+                self._entries.move_to_end(embedding_id)
+        self._metrics.store_lookups.labels("hit" if entry else "miss").inc()
+        return entry

@@ -49,7 +49,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self.gate = Gate(settings.max_requests, settings.max_tokens_in_flight)
-        self.store = EmbeddingStore(settings.store_bytes)
+        self.store = EmbeddingStore(settings.store_bytes, metrics)
         self.pool = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self.worker = Worker(Outbox(asyncio.get_running_loop()), settings.batch_wait_ms / 1000)
         self.outbox = self.worker.outbox
@@ -83,7 +83,7 @@ class Engine:
 
     def _unload_if_idle(self, version: Version) -> None:
         if version.retired and version.sessions == 0:
-            self.metrics.checkpoint.remove(version.model.name)
+            self.metrics.forget(version.model.name)
             self.worker.close(version.lane)
 
     async def open(self, body: AnyRequest, version: Version | None = None) -> "Session":

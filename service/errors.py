@@ -103,7 +103,7 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
             return 504
         case CancelledError() | NotReadyError():
             return 503
-        case CheckpointError():  # only /admin meets it: the caller named a checkpoint that cannot be used
+        case CheckpointError():  # only /admin meets it: a checkpoint was named that cannot be used
             return 409
         case _:
             return 500
@@ -137,6 +137,9 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     message = {
         "extra_forbidden": "unknown field",
         "missing": "is required",
+        "too_short": f"has too few items: give at least {context.get('min_length')}",
+        "model_type": "must be an object",
+        "model_attributes_type": "must be an object",
         "value_error": str(context.get("error", first["msg"])),
     }.get(kind, first["msg"])
     return error_body("invalid_input", f"{field}: {message}", field)

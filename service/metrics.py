@@ -1,5 +1,6 @@
 """Prometheus metrics, each in the unit its name ends with. Knows no requests; one registry for each application."""
 
+import contextlib
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -49,6 +50,12 @@ class Metrics:
         self.store_bytes = gauge("embedding_store_bytes", "Memory of kept embeddings")
         self.swaps = counter("checkpoint_swaps_total", "Attempts to change the checkpoint", "result")
         self.checkpoint = gauge("checkpoint_info", "1 for the version that serves, 0 for those kept", "checkpoint")
+
+    def forget(self, checkpoint: str) -> None:
+        """Drop what is labelled with a version that was unloaded, so that swaps do not pile up labels."""
+        for metric in (self.text_tokens, self.prompt_tokens, self.completion_tokens, self.relevance, self.checkpoint):
+            with contextlib.suppress(KeyError):
+                metric.remove(checkpoint)
 
     def observe_batch(self, lengths: Sequence[int]) -> None:
         """Note the lengths of one compression batch."""

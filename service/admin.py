@@ -1,0 +1,80 @@
+"""/admin/checkpoints: which versions there are, and changing the one that serves. Off unless an admin key is set."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, model_validator
+
+from service.checkpoints import Checkpoints
+from service.errors import ErrorResponse
+from service.schemas import Strict
+
+router = APIRouter(
+    prefix="/admin",
+    responses={
+        401: {"model": ErrorResponse, "description": "no key"},
+        403: {"model": ErrorResponse, "description": "not the admin key"},
+        409: {"model": ErrorResponse, "description": "the checkpoint is refused, and nothing has changed"},
+        422: {"model": ErrorResponse, "description": "a value is wrong"},
+    },
+)
+
+
+class CheckpointAction(Strict):
+    """What to do: load a checkpoint beside the others, serve it, or go back to the one before."""
+
+    action: Literal["load", "activate", "rollback"]
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="folder under the checkpoint root, or for activate a version that is kept"
+    )
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "CheckpointAction":
+        if (self.name is None) != (self.action == "rollback"):
+            raise ValueError("rollback takes no name" if self.name else f"{self.action} needs a name")
+        return self
+
+
+class CheckpointList(BaseModel):
+    """`active` serves; `kept` are in memory, the next rollback last; `available` are folders on disk."""
+
+    active: str
+    kept: list[str]
+    available: list[str]
+
+
+class CheckpointChange(CheckpointList):
+    """The list after the change, and the version it was about."""
+
+    version: str
+
+
+@router.get("/checkpoints")
+async def list_checkpoints(request: Request) -> CheckpointList:
+    """The versions there are."""
+    return CheckpointList.model_validate(_state(request))
+
+
+@router.post("/checkpoints")
+async def change_checkpoint(body: CheckpointAction, request: Request) -> CheckpointChange:
+    """Load, activate or roll back. Requests in flight finish on the version they began with."""
+    checkpoints: Checkpoints = request.app.state.checkpoints
+    name = body.name or ""
+    match body.action:
+        case "load":
+            version = await checkpoints.load(name)
+        case "activate":
+            version = await checkpoints.activate(name)
+        case "rollback":
+            version = await checkpoints.roll_back()
+    return CheckpointChange.model_validate({**_state(request), "version": version})
+
+
+def _state(request: Request) -> dict[str, object]:
+    checkpoints: Checkpoints = request.app.state.checkpoints
+    active = request.app.state.engine.active
+    return {
+        "active": active.model.name if active else "",
+        "kept": [version.model.name for version in checkpoints.kept],
+        "available": checkpoints.available(),
+    }
