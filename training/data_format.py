@@ -50,19 +50,33 @@ def open_writer(path: Path) -> TextIO:
     return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8", newline="\n")
 
 
-def parse_string(values: dict[str, Any], name: str, *, where: str = "", optional: bool = False) -> str:
-    """The non-empty string `values[name]`; `where` is put before the name in messages. Raises RowError."""
-    label = f"{where}{name}"
-    if values.get(name) is None:
-        if optional:
-            return ""
-        raise RowError("missing field", f"{label} is missing")
-    value = values[name]
+def check_string(value: Any, label: str) -> str:
+    """`value` if it is a string that is not blank and can be written as UTF-8. Raises RowError that names `label`."""
     if not isinstance(value, str):
         raise RowError("wrong type", f"{label} must be a string, not {type(value).__name__}")
-    if not value.strip() and not optional:
+    if not value.strip():
         raise RowError("empty", f"{label} is empty")
+    # JSON can spell half of a surrogate pair, UTF-8 cannot.
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise RowError("wrong type", f"{label} has half of a surrogate pair, which is no text")
     return value
+
+
+def parse_string(values: dict[str, Any], name: str) -> str:
+    """The string `values[name]`. Raises RowError."""
+    if values.get(name) is None:
+        raise RowError("missing field", f"{name} is missing")
+    return check_string(values[name], name)
+
+
+def parse_id(values: dict[str, Any]) -> str:
+    """The id, which may also be a number in the file. Raises RowError."""
+    value = values.get("id")
+    if value is None:
+        raise RowError("missing field", "id is missing")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError("wrong type", f"id must be a string, not {type(value).__name__}")
+    return check_string(str(value), "id")
 
 
 def parse_list(values: dict[str, Any], name: str) -> list[Any]:
@@ -80,8 +94,10 @@ def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
         values = {"text": values}
     if not isinstance(values, dict):
         raise RowError("wrong type", f"{where} must be an object")
-    text = parse_string(values, "text", where=f"{where}.")
-    title = parse_string(values, "title", where=f"{where}.", optional=True)
+    if values.get("text") is None:
+        raise RowError("missing field", f"{where}.text is missing")
+    text = check_string(values["text"], f"{where}.text")
+    title = check_string(values["title"], f"{where}.title") if values.get("title") else ""
     if len(text) + len(title) > max_chars:
         raise RowError(
             "over-long passage", f"{where} has {len(text) + len(title)} characters, the limit is {max_chars}"
@@ -99,9 +115,7 @@ def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
 
 def parse_row(values: dict[str, Any], policy: ReadPolicy) -> Row:
     """A row from plain JSON. Raises RowError."""
-    identifier, query = str(values.get("id", "")), parse_string(values, "query")
-    if not identifier:
-        raise RowError("missing field", "id is missing")
+    identifier, query = parse_id(values), parse_string(values, "query")
     passages = tuple(
         parse_passage(item, f"passages[{index}]", policy.max_passage_chars)
         for index, item in enumerate(parse_list(values, "passages"))
@@ -110,7 +124,7 @@ def parse_row(values: dict[str, Any], policy: ReadPolicy) -> Row:
         raise RowError("empty", "passages is empty")
     teacher = values.get("teacher_answer")
     answers = parse_answers(values, needed=policy.need_answer and teacher is None)
-    return Row(identifier, query, passages, answers, parse_string(values, "teacher_answer") if teacher else None)
+    return Row(identifier, query, passages, answers, check_string(teacher, "teacher_answer") if teacher else None)
 
 
 def parse_answers(values: dict[str, Any], *, needed: bool) -> tuple[str, ...]:
@@ -119,10 +133,7 @@ def parse_answers(values: dict[str, Any], *, needed: bool) -> tuple[str, ...]:
         return ()
     answers = parse_list(values, "answers")
     for index, answer in enumerate(answers):
-        if not isinstance(answer, str):
-            raise RowError("wrong type", f"answers[{index}] must be a string")
-        if not answer.strip():
-            raise RowError("empty", f"answers[{index}] is empty")
+        check_string("" if answer is None else answer, f"answers[{index}]")
     if needed and not answers:
         raise RowError("empty", "answers is empty")
     return tuple(answers)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from training.answer_match import answer_words, contains, words
-from training.data_format import RowPassage, parse_answers, parse_list, parse_passage, parse_string
-from training.data_quality import ReadPolicy, RowError
+from training.data_format import RowPassage, parse_answers, parse_id, parse_list, parse_passage, parse_string
+from training.data_quality import ReadPolicy
 
 POSITIVE_RELEVANCE = 0.5
 
@@ -34,10 +34,9 @@ def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
     Its passages are `positives` and `negatives` (lists of passages), or `passages` as in the data format, judged by
     their `relevance`, or both. Raises RowError.
     """
-    if values.get("id") is None or not str(values["id"]):
-        raise RowError("missing field", "id is missing")
+    identifier = parse_id(values)
     query = parse_string(values, "query" if values.get("question") is None else "question")
-    teacher = parse_string(values, "teacher_answer", optional=True) or None
+    teacher = parse_string(values, "teacher_answer") if values.get("teacher_answer") else None
     answers = parse_answers(values, needed=policy.need_answer and teacher is None)
     positives = _parse_passages(values, "positives", policy)
     negatives = _parse_passages(values, "negatives", policy)
@@ -47,7 +46,7 @@ def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
             unjudged.append(passage)
         else:
             (positives if passage.relevance >= POSITIVE_RELEVANCE else negatives).append(passage)
-    return Example(str(values["id"]), query, answers, tuple(positives), tuple(negatives), tuple(unjudged), teacher)
+    return Example(identifier, query, answers, tuple(positives), tuple(negatives), tuple(unjudged), teacher)
 
 
 def _parse_passages(values: dict[str, Any], name: str, policy: ReadPolicy) -> list[RowPassage]:

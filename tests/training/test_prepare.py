@@ -1,0 +1,218 @@
+"""From raw files to rows: the command as a user runs it, and that nothing leaks."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.__main__ import main
+from training.data_format import Row, RowPassage, read_rows
+from training.examples import Example
+from training.prepare import parse_source
+from training.row_statistics import describe
+from training.splits import cap, deduplicate, drop_held_out, split_by_passage
+
+CITIES = ["Paris", "Rome", "Oslo", "Bern", "Prague", "Vienna", "Lisbon", "Madrid", "Dublin", "Athens"]
+
+
+def raw_example(index: int) -> dict[str, Any]:
+    """Question `index`; two questions share a passage."""
+    city = CITIES[index // 2]
+    question = f"Which city has the river number {city.lower()}?" if index % 2 else f"What is city {index // 2} called?"
+    text = f"City {index // 2} is called {city} and has the river number {index // 2}."
+    return {"id": str(index), "question": question, "answers": [city], "positives": [{"title": "", "text": text}]}
+
+
+def write_raw(path: Path, examples: Sequence[dict[str, Any]]) -> Path:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(example) + "\n" for example in examples)
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    return write_raw(tmp_path / "cities.jsonl.gz", [raw_example(index) for index in range(20)])
+
+
+@pytest.fixture
+def wiki(tmp_path: Path) -> Path:
+    path = tmp_path / "wiki.jsonl"
+    texts = [f"Some city has river number {n} in it." for n in range(10)] + ["Paris is a city with a river."]
+    path.write_text("".join(json.dumps({"title": f"T{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    return path
+
+
+def test_rows_have_their_positives_and_hard_negatives_without_answers(tmp_path: Path, raw: Path, wiki: Path) -> None:
+    out = tmp_path / "out" / "train.jsonl.gz"
+    arguments = ["prepare", "--source", str(raw), "--collection", str(wiki), "--passages", "4", "--out", str(out)]
+    assert main(arguments) == 0
+    rows, report = read_rows(out)
+    assert len(rows) == 20
+    assert report.counts == {}
+    for row in rows:
+        assert row.id.startswith("cities/")
+        assert sorted(passage.relevance or 0.0 for passage in row.passages) == [0, 0, 0, 1]
+        for passage in row.passages:
+            assert (row.answers[0] in passage.text) == (passage.relevance == 1)
+    places = {[passage.relevance for passage in row.passages].index(1.0) for row in rows}
+    assert len(places) > 1, "the positive always stands at the same place"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_order(tmp_path: Path, raw: Path) -> None:
+    contents = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        out = tmp_path / f"{name}.jsonl"
+        assert main(["prepare", "--source", str(raw), "--passages", "3", "--seed", seed, "--out", str(out)]) == 0
+        contents.append(out.read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+    assert sorted(json.loads(line)["id"] for line in contents[0].splitlines()) == sorted(
+        json.loads(line)["id"] for line in contents[2].splitlines()
+    )
+
+
+def test_dev_shares_no_passage_with_train(tmp_path: Path, raw: Path, wiki: Path) -> None:
+    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    arguments = ["--source", str(raw), "--collection", str(wiki), "--passages", "3", "--dev-share", "0.4"]
+    assert main(["prepare", *arguments, "--out", str(train), "--dev-out", str(dev)]) == 0
+    (train_rows, _), (dev_rows, _) = read_rows(train), read_rows(dev)
+    assert len(train_rows) + len(dev_rows) == 20
+    assert dev_rows
+
+    def positives(rows: list[Row]) -> set[str]:
+        return {passage.text for row in rows for passage in row.passages if passage.relevance == 1}
+
+    def everything(rows: list[Row]) -> set[str]:
+        return {passage.text for row in rows for passage in row.passages}
+
+    assert not positives(train_rows) & everything(dev_rows)
+    assert not positives(dev_rows) & everything(train_rows)
+
+
+def test_nothing_shares_a_passage_or_question_with_what_is_held_out(tmp_path: Path, raw: Path) -> None:
+    held_out = write_raw(tmp_path / "test.jsonl.gz", [raw_example(4)])
+    out = tmp_path / "train.jsonl"
+    assert main(["prepare", "--source", str(raw), "--held-out", str(held_out), "--out", str(out)]) == 0
+    rows, _ = read_rows(out)
+    text = raw_example(4)["positives"][0]["text"]
+    assert len(rows) == 18  # the example itself and the one that shares its passage are gone
+    assert all(passage.text != text for row in rows for passage in row.passages)
+
+
+def test_a_yaml_file_and_the_command_line_say_the_same(tmp_path: Path, raw: Path) -> None:
+    config = tmp_path / "prepare.yaml"
+    config.write_text(f"sources:\n  - path: {raw}\n    limit: 5\nassembly:\n  passages: 2\nseed: 3\n")
+    by_file, by_flags = tmp_path / "file.jsonl", tmp_path / "flags.jsonl"
+    assert main(["prepare", "--config", str(config), "--out", str(by_file)]) == 0
+    flags = ["--source", f"{raw},limit=5", "--passages", "2", "--seed", "3"]
+    assert main(["prepare", *flags, "--out", str(by_flags)]) == 0
+    assert by_file.read_bytes() == by_flags.read_bytes()
+    assert len(read_rows(by_file)[0]) == 5
+
+
+def test_bad_rows_are_reported_by_line_and_skipped_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = raw_example(1) | {"answers": [""]}
+    raw = write_raw(tmp_path / "cities.jsonl.gz", [raw_example(0), bad, raw_example(2), raw_example(2)])
+    out = tmp_path / "train.jsonl"
+    with caplog.at_level("INFO"):
+        assert main(["prepare", "--source", str(raw), "--out", str(out)]) == 0
+    assert "cities: 2 of 4 rows kept" in caplog.text
+    assert "1 x empty (line 2): answers[0] is empty" in caplog.text
+    assert "1 x duplicate id (line 4)" in caplog.text
+    assert "2 rows; a row has" in caplog.text
+    assert main(["prepare", "--source", str(raw), "--refuse", "--out", str(out)]) != 0
+    assert "cities, line 2: empty: answers[0] is empty" in capsys.readouterr().err + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "sources"),
+        (["--source", "none.jsonl"], "no such file"),
+        (["--source", "squad,limits=3"], "limits: unknown key"),
+        (["--source", "squad,limit"], "is not KEY=VALUE"),
+        (["--source", "squad", "--source", "squad"], "two have the same name"),
+        (["--source", "squad", "--dev-share", "0.5"], "--dev-out"),
+        (["--source", "squad", "--passages", "0"], "passages"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_message(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert main(["prepare", *arguments, "--out", str(tmp_path / "x.jsonl")]) != 0
+    assert message in capsys.readouterr().err + caplog.text
+
+
+def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", "--help"])
+    assert "python -m training prepare --source" in capsys.readouterr().out
+
+
+def test_a_source_on_the_command_line_names_its_columns() -> None:
+    assert parse_source("a.csv,columns.query=subject,limit=10,answer_in_passage=true") == {
+        "path": "a.csv",
+        "columns": {"query": "subject"},
+        "limit": 10,
+        "answer_in_passage": True,
+    }
+
+
+def example(index: int, *texts: str, query: str = "") -> Example:
+    return Example(str(index), query or f"question {index}?", ("a",), tuple(RowPassage(text) for text in texts))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=3), max_size=30), st.floats(0, 0.9), st.integers(0, 9)
+)
+def test_a_split_never_puts_a_passage_on_both_sides(links: list[list[int]], share: float, seed: int) -> None:
+    examples = [example(index, *(f"passage {text}" for text in texts)) for index, texts in enumerate(links)]
+    train, dev = split_by_passage(examples, share, seed)
+    assert sorted([*train, *dev], key=lambda e: int(e.id)) == examples
+    sides = [{passage.text for e in side for passage in e.positives} for side in (train, dev)]
+    assert not sides[0] & sides[1]
+
+
+def test_duplicates_are_told_by_words_not_by_spelling() -> None:
+    kept = deduplicate([example(1, "A b.", query="Who?"), example(2, "a B", query="who"), example(3, "c", query="who")])
+    assert [e.id for e in kept] == ["1", "3"]
+
+
+def test_caps_hold_for_each_passage_and_for_all_and_keep_the_order() -> None:
+    examples = [example(index, f"passage {index % 3}") for index in range(30)]
+    capped = cap(examples, per_passage=4, limit=10, seed=5)
+    assert len(capped) == 10
+    assert [int(e.id) for e in capped] == sorted(int(e.id) for e in capped)
+    for text in range(3):
+        assert sum(e.positives[0].text == f"passage {text}" for e in capped) <= 4
+    assert cap(examples, per_passage=4, limit=10, seed=6) != capped
+
+
+def test_held_out_questions_count_whatever_their_passages() -> None:
+    examples = [example(1, "x", query="Who is it?"), example(2, "y"), example(3, "Z!")]
+    kept = drop_held_out(examples, [example(9, "other", query="who is it"), example(8, "z")])
+    assert [e.id for e in kept] == ["2"]
+
+
+def test_statistics_say_what_a_set_looks_like() -> None:
+    passages = (RowPassage("one two", relevance=1.0), RowPassage("three four five six", relevance=0.0))
+    rows = [
+        Row("1", "who is it", passages, ("two",)),
+        Row("2", "what", passages[:1], ("six seven",), teacher_answer="a b c"),
+    ]
+    found = describe(rows)
+    assert (found.rows, found.passages, found.positives, found.full) == (2, 1.5, 1.0, 0.5)
+    assert (found.query_words, found.passage_words, found.answer_words) == (2.0, pytest.approx(8 / 3), 2.0)
+    assert (found.answer_in_positive, found.answer_elsewhere) == (0.5, 0.0)
+    with pytest.raises(ValueError, match="no rows"):
+        describe([])
