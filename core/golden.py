@@ -49,7 +49,7 @@ class GoldenExample:
     memory_tokens: Positive
     chunks: Positive
     answer: str
-    answer_ids: Annotated[tuple[NonNegativeInt, ...], Field(max_length=ANSWER_TOKENS)]
+    answer_ids: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=ANSWER_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Golden:
 
     memory     (M, d) memory embeddings of all passages, joined
     scores     (chunks,) raw relevance scores
-    logprobs   (A + 1,) log-probability of each of the answer's tokens, and of the end of the turn after them
+    logprobs   (A,) log-probability of each of the answer's tokens
     """
 
     example: GoldenExample
@@ -111,7 +111,7 @@ def verify_golden(model: Model, golden: Golden) -> GoldenCheck:
     which output is off, and by how much.
     """
     example = golden.example
-    if max(example.answer_ids, default=0) >= model.generator.model.config.vocab_size:
+    if max(example.answer_ids) >= model.generator.model.config.vocab_size:
         raise CheckpointError("golden.json: answer_ids holds a token that the generator does not have")
     try:
         memory, scores, prompt = _compress(model, example.query, example.passages, example.rate)
@@ -138,7 +138,7 @@ def read_golden(folder: Path, width: int) -> Golden:
     shapes = {
         "memory": (example.memory_tokens, width),
         "scores": (example.chunks,),
-        "logprobs": (len(example.answer_ids) + 1,),
+        "logprobs": (len(example.answer_ids),),
     }
     return Golden(example, **dict(read_tensors(folder / "golden.safetensors", shapes, torch.float32)))
 
@@ -157,13 +157,13 @@ def _compress(model: Model, query: str, texts: Sequence[str], rate: int) -> tupl
 
 @torch.inference_mode()
 def _logprobs(model: Model, prompt: Prompt, answer_ids: tuple[int, ...]) -> Tensor:
-    """Log-probabilities (A + 1,) of the answer and the end of the turn, each given what stands before it."""
-    answer = torch.tensor([*answer_ids, model.template.end_id])
-    ids = torch.cat([prompt.ids, answer]).unsqueeze(0).to(model.device)  # (1, T + A + 1)
+    """Log-probabilities (A,) of the answer's tokens, each given what stands before it."""
+    answer = torch.tensor(answer_ids)
+    ids = torch.cat([prompt.ids, answer]).unsqueeze(0).to(model.device)  # (1, T + A)
     mask = torch.cat([prompt.memory_mask, torch.zeros(len(answer), dtype=torch.bool)]).unsqueeze(0).to(model.device)
-    inputs = model.generator.splice(ids, mask, prompt.memory)  # (1, T + A + 1, d)
+    inputs = model.generator.splice(ids, mask, prompt.memory)  # (1, T + A, d)
     logits = model.generator.model(inputs_embeds=inputs, use_cache=False).logits[0, len(prompt.ids) - 1 : -1]
-    logprobs: Tensor = logits.float().log_softmax(-1).cpu()  # (A + 1, V)
+    logprobs: Tensor = logits.float().log_softmax(-1).cpu()  # (A, V)
     return logprobs.gather(1, answer.unsqueeze(1)).squeeze(1)
 
 
