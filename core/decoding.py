@@ -13,13 +13,14 @@ import torch
 
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator
-from core.kv_slots import AttentionMasks, KVSlots
+from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots
 from core.prompts import Prompt, stack_prompts
 from core.rows import plan_batches
 from core.sampling import GenerationOptions, RowSampler
 from core.text_stream import TextStream
 
 MAX_PREFILL_TOKENS = 4096  # padded positions of one prefill pass; a longer prompt gets a pass of its own
+IDLE_FACTOR = 4  # an empty batch gives back slots that are this much more than what comes next needs
 
 FinishReason = Literal["stop", "length"]
 ShouldCancel = Callable[[], bool]
@@ -95,18 +96,24 @@ class DecodeBatch:
         """Sequences that can still join."""
         return self.max_sequences - self.live
 
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of keys and values now; at most max_sequences * max_tokens * bytes of one token's."""
+        return self._cache.bytes
+
     @torch.inference_mode()
     def add(self, prompts: Many[Prompt], options: Many[GenerationOptions]) -> list[Sequence]:
         """Prefill `prompts` and let them join; the next `step` gives the first token of each.
 
         Raises OverloadedError where slots are missing, TooLargeError where a prompt leaves no room for an answer.
         """
+        if not prompts:
+            return []
         if len(prompts) > self.free_slots:
             raise OverloadedError(f"{len(prompts)} sequences need a slot; {self.free_slots} are free", retry_after_s=0)
         sequences = [self._sequence(*pair) for pair in zip(prompts, options, strict=True)]
         before = self.live
-        room = max((sequence.prompt_tokens + sequence.max_new_tokens for sequence in sequences), default=0)
-        self._cache.reserve(before + len(prompts), room)
+        self._reserve(before + len(sequences), max(each.tokens + each.max_new_tokens for each in sequences))
         try:
             for indices in plan_batches([prompt.tokens for prompt in prompts], MAX_PREFILL_TOKENS):
                 self._prefill([prompts[i] for i in indices], [sequences[i] for i in indices])
@@ -136,6 +143,11 @@ class DecodeBatch:
         """Take `sequence` out and free its slot; nothing happens where it has left already."""
         if sequence.row >= 0:
             self._release(sequence)
+
+    def _reserve(self, slots: int, tokens: int) -> None:
+        if not self.live and self._cache.slots * self._cache.capacity > IDLE_FACTOR * slots * (tokens + CAPACITY_STEP):
+            self._cache.clear()  # one long prompt must not hold its memory for ever
+        self._cache.reserve(slots, tokens)
 
     def _sequence(self, prompt: Prompt, options: GenerationOptions) -> Sequence:
         limit = self.max_tokens - 1

@@ -27,7 +27,7 @@ class KVSlots:
         self.capacity = 0
         self._max = (max_slots, max_capacity)
         self._keys: list[Tensor | None] = [None] * layers
-        self._values: list[Tensor | None] = [None] * layers
+        self._values: list[Tensor | None] = [None] * layers  # made by the first pass, which knows their shape
         self._first = 0  # of a prefill: its first slot
         self._positions: Tensor | None = None  # (n,) int64 of a decode step: where each row writes; None: prefill
         self._rows = torch.empty(0, dtype=torch.int64)  # of a decode step: 0 .. n - 1
@@ -44,6 +44,16 @@ class KVSlots:
             for layer, old in enumerate(tensors):
                 if old is not None and (old.shape[0], old.shape[2]) != (self.slots, self.capacity):
                     tensors[layer] = self._grown(old)
+
+    def clear(self) -> None:
+        """Give all memory back; what was stored is gone."""
+        self.slots = self.capacity = 0
+        self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held now."""
+        return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
 
     def begin_prefill(self, first: int) -> None:
         """The next forward pass writes whole prompts to the slots from `first` on."""

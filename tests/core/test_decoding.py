@@ -22,7 +22,7 @@ from core.generator import Generator, load_generator
 from core.kv_slots import CAPACITY_STEP
 from core.prompts import Block, Prompt, PromptTemplate
 from core.sampling import GenerationOptions
-from core.tokenization import encode, load_tokenizer
+from core.tokenization import load_tokenizer
 
 ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
 GREEDY = GenerationOptions(max_new_tokens=12)
@@ -164,6 +164,17 @@ def test_slots_grow_while_sequences_run(qwen3: Generator) -> None:
     assert second.token_ids == alone(qwen3, long, GREEDY).token_ids
 
 
+def test_an_idle_batch_gives_back_what_a_long_prompt_took(qwen3: Generator) -> None:
+    batch = DecodeBatch(qwen3, 4, 8192)
+    batch.add([prompt_of(qwen3, 4, blocks=200)], [GREEDY])
+    drain(batch)
+    held = batch.kv_bytes
+    sequence = batch.add([prompt_of(qwen3, 1)], [GREEDY])[0]
+    assert batch.kv_bytes < held / 4
+    drain(batch)
+    assert sequence.token_ids == alone(qwen3, prompt_of(qwen3, 1), GREEDY).token_ids
+
+
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
 def test_streamed_text_joined_is_the_whole(generator: Generator, options: GenerationOptions) -> None:
     prompt = prompt_of(generator, 3)
@@ -280,15 +291,3 @@ def test_an_unseeded_answer_differs_from_run_to_run(qwen3: Generator) -> None:
     options = GenerationOptions(max_new_tokens=12, temperature=2.0)
     prompt = prompt_of(qwen3, 1)
     assert alone(qwen3, prompt, options).token_ids != alone(qwen3, prompt, options).token_ids
-
-
-def test_smollm2_answers_from_its_background(smollm2: Path) -> None:
-    generator = load_generator(BaseModel("smollm2-135m", smollm2, ""))
-    texts = ["The capital of Freedonia is Zubrovka.", "The capital of Sylvania is Lutz."]
-    blocks = [Block(text_ids=encode(generator.tokenizer, text).ids) for text in texts]
-    template = PromptTemplate(generator.tokenizer, PromptConfig())
-    prompts = [template.build(f"What is the capital of {land}?", blocks) for land in ("Freedonia", "Sylvania")]
-    answers = generate(generator, prompts, [GenerationOptions(max_new_tokens=24)] * 2)
-    assert "Zubrovka" in answers[0].text
-    assert "Lutz" in answers[1].text
-    assert [answer.finish_reason for answer in answers] == ["stop", "stop"]

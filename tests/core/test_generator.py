@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.base_models import BaseModel
-from core.config import LoraConfig
+from core.config import LoraConfig, PromptConfig
+from core.decoding import generate
 from core.errors import BaseModelError, CheckpointError
 from core.generator import Generator, load_generator, merge_lora
+from core.prompts import Block, PromptTemplate
+from core.sampling import GenerationOptions
+from core.tokenization import encode
 
 ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
 # peft still asks transformers by the property's old name.
@@ -144,3 +148,15 @@ def test_a_spoilt_adapter_is_refused_and_changes_nothing(
 def test_an_adapter_for_layers_the_model_lacks_is_refused(generator: Generator) -> None:
     with pytest.raises(CheckpointError, match="no linear layer named"):
         merge_lora(generator.model, {}, LoraConfig(target_modules=("c_attn",)))
+
+
+def test_smollm2_answers_from_its_background(smollm2: Path) -> None:
+    generator = load(smollm2)
+    texts = ["The capital of Freedonia is Zubrovka.", "The capital of Sylvania is Lutz."]
+    blocks = [Block(text_ids=encode(generator.tokenizer, text).ids) for text in texts]
+    template = PromptTemplate(generator.tokenizer, PromptConfig())
+    prompts = [template.build(f"What is the capital of {land}?", blocks) for land in ("Freedonia", "Sylvania")]
+    answers = generate(generator, prompts, [GenerationOptions(max_new_tokens=24)] * 2)
+    assert "Zubrovka" in answers[0].text
+    assert "Lutz" in answers[1].text
+    assert [answer.finish_reason for answer in answers] == ["stop", "stop"]
