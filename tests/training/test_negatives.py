@@ -140,7 +140,8 @@ def test_splade_scores_are_dot_products_of_its_vocabulary_weights(tiny_bert: Pat
     def weights(text: str) -> torch.Tensor:
         with torch.inference_mode():
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
-        return logits.relu().log1p().amax(0)
+        pooled: torch.Tensor = logits.relu().log1p().amax(0)
+        return pooled
 
     (scores,) = make_retriever(f"splade:{tmp_path}", TEXTS).scores(["river"])
     expected = [float(weights(text) @ weights("river")) for text in TEXTS]

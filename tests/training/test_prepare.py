@@ -212,7 +212,8 @@ def test_statistics_say_what_a_set_looks_like() -> None:
     ]
     found = describe(rows)
     assert (found.rows, found.passages, found.positives, found.full) == (2, 1.5, 1.0, 0.5)
-    assert (found.query_words, found.passage_words, found.answer_words) == (2.0, pytest.approx(8 / 3), 2.0)
+    assert found.passage_words == pytest.approx(8 / 3)
+    assert (found.query_words, found.answer_words) == (2.0, 2.0)
     assert (found.answer_in_positive, found.answer_elsewhere) == (0.5, 0.0)
     with pytest.raises(ValueError, match="no rows"):
         describe([])

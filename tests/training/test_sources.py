@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from core.config import parse_config
@@ -35,7 +33,7 @@ COLUMNS = {"id": "ticket", "query": "subject", "answers": "reply", "text": "arti
 
 def write_tickets(path: Path) -> None:
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TICKETS), path)
+        datasets.Dataset.from_list(TICKETS).to_parquet(path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(TICKETS))
     elif path.suffix == ".jsonl":
