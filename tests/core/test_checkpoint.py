@@ -4,7 +4,7 @@ import hashlib
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,39 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.config import CompressorConfig, Config, GeneratorConfig, LoraConfig
+from core.config import GeneratorConfig
 from core.errors import BaseModelError, CheckpointError
-from core.generator import adapter_shapes, merge_lora
+from core.generator import merge_lora
 from core.golden import read_golden, record_golden, verify_golden, write_golden
 from core.manifest import MANIFEST
 from core.model import Model, build_model
 from core.passages import Passage
 from core.pipeline import Answer, answer
 from core.sampling import GenerationOptions
+from tests.tiny_checkpoints import LORA, edit_json, edit_tensors, make_config, random_adapter
 
-LORA = LoraConfig(r=2, alpha=4, dropout=0.0, target_modules=("q_proj", "down_proj"))
 PASSAGES = [Passage("The Rhine is 1,230 kilometres long. " * 9, title="Rhine"), Passage("Bread is made of flour.")]
-
-
-def make_config(generator: Path, encoder: Path | None, lora: LoraConfig | None = None) -> Config:
-    """A pointer over an encoder, or the first two layers of the generator."""
-    compressor = CompressorConfig(n_layers=2, chunk_tokens=64, rates=(16, 8))
-    if encoder is not None:
-        compressor = replace(compressor, kind="encoder", base_model=str(encoder), readout="pointer")
-    return Config(compressor=compressor, generator=GeneratorConfig(base_model=str(generator), lora=lora))
-
-
-def random_adapter(model: Model) -> dict[str, Tensor]:
-    """Large enough to change the answer."""
-    random = torch.Generator().manual_seed(5)
-    shapes = adapter_shapes(model.generator.model, LORA)
-    return {name: torch.randn(shape, generator=random) * 0.2 for name, shape in shapes.items()}
 
 
 def ask(model: Model, mode: Any = "compressed") -> Answer:
@@ -57,45 +39,6 @@ def assert_same(one: Answer, other: Answer) -> None:
     for a, b in zip(one.passages, other.passages, strict=True):
         assert torch.equal(a.memory, b.memory)
         assert [chunk.score for chunk in a.chunks] == [chunk.score for chunk in b.chunks]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert: Path) -> Path:
-    """A checkpoint with everything that one can have: an encoder and an adapter. Not to be changed."""
-    model = build_model(make_config(tiny_llama, tiny_bert, LORA))
-    folder = tmp_path_factory.mktemp("saved") / "v1"
-    save_checkpoint(model, folder, adapter=random_adapter(model), training={"steps": 7})
-    return folder
-
-
-@pytest.fixture
-def copied(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoiled."""
-    return shutil.copytree(saved, tmp_path / "v1")
-
-
-def sign(folder: Path) -> None:
-    """Make the manifest fit what is in the folder, as one would who can write to it."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    manifest["files"] = {
-        str(path.relative_to(folder)): {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "bytes": path.stat().st_size,
-        }
-        for path in files
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
-    save_file(dict(change(load_file(path))), path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,130 +178,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, tiny_llama: P
     with pytest.raises(CheckpointError, match="not finite"):
         save_checkpoint(model, tmp_path / "v1")
     assert list(tmp_path.iterdir()) == []
-
-
-# Loading: nothing that was not saved
-
-
-def link(path: Path) -> None:
-    target = path.with_name("elsewhere")
-    path.rename(path.parents[1] / "elsewhere")
-    path.symlink_to(path.parents[1] / target.name)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: shutil.rmtree(folder), "is no folder"),
-        (lambda folder: (folder / MANIFEST).unlink(), r"manifest\.json is missing"),
-        (lambda folder: (folder / "config.json").unlink(), r"config\.json: is missing"),
-        (lambda folder: (folder / "generator.safetensors").unlink(), r"generator\.safetensors: is missing"),
-        (lambda folder: (folder / "compressor_base/tokenizer.json").unlink(), "tokenizer.json: is missing"),
-        (lambda folder: (folder / "notes.txt").write_text("x"), r"notes\.txt: is not a file of a checkpoint"),
-        (lambda folder: (folder / "code").mkdir(), "code: is not a file of a checkpoint"),
-        (lambda folder: (folder / "generator").mkdir(), "generator/: is there"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin: may hold pickled"),
-        (
-            lambda folder: (folder / "compressor_base/x.PKL").write_bytes(b"x"),
-            "compressor_base/x.PKL: may hold pickled",
-        ),
-        (lambda folder: link(folder / "golden.json"), r"golden\.json: is a symbolic link"),
-        (lambda folder: (folder / "config.json").write_text(" " * (2 << 20)), "over the limit of 1048576"),
-        (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json: has 2 bytes"),
-        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), r"manifest\.json: is not JSON"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), r"manifest\.json: is not JSON"),
-        (lambda folder: edit_json(folder / MANIFEST, lambda m: m.update(extra=1)), "extra: unknown key"),
-        (lambda folder: edit_json(folder / MANIFEST, lambda m: m.update(format_version=2)), "format_version"),
-        (lambda folder: edit_json(folder / MANIFEST, lambda m: m.pop("dtype")), "dtype"),
-    ],
-)
-def test_a_spoilt_folder_is_refused(copied: Path, spoil: Callable[[Path], object], message: str) -> None:
-    spoil(copied)
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(copied)
-
-
-SLOTS = "slots"
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("config.json", lambda c: c.update(extra=1), "extra: unknown key"),
-        ("config.json", lambda c: c["compressor"].update(chunk_tokens="many"), "compressor.chunk_tokens"),
-        ("config.json", lambda c: c["compressor"].update(chunk_tokens=10**9, rates=[1]), "positions"),
-        ("config.json", lambda c: c["compressor"].update(readout="memory", projection_dim=10**9), "tensors, first"),
-        ("config.json", lambda c: c["compressor"].update(kind="n_layers", base_model=""), "compressor_base/: is there"),
-        ("config.json", lambda c: c["generator"].update(lora=None), "generator.safetensors: must be there"),
-        ("config.json", lambda c: c["generator"]["lora"].update(r=3), r"has shape \(2, 128\), not \(3, 128\)"),
-        ("compressor_base/config.json", lambda c: c.update(hidden_size=10**6), "shape|cannot be built"),
-        ("compressor_base/config.json", lambda c: c.update(model_type="nothing"), "cannot be built"),
-        ("golden.json", lambda c: c.update(extra=1), "extra: unknown key"),
-        ("golden.json", lambda c: c.update(rate=5), r"golden\.json: rate"),
-        ("golden.json", lambda c: c.update(query=" "), r"golden\.json: query"),
-        ("golden.json", lambda c: c.update(query="Another question?"), "golden example: memory is off by"),
-        ("golden.json", lambda c: c.update(answer_ids=[10**6] * len(c["answer_ids"])), "does not have"),
-        ("golden.json", lambda c: c.update(answer_ids=[1] * 10_000), "answer_ids"),
-    ],
-)
-def test_what_is_signed_but_does_not_fit_is_refused(
-    copied: Path, file: str, change: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    edit_json(copied / file, change)
-    sign(copied)
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(copied)
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("compressor.safetensors", lambda t: t | {"extra": torch.zeros(1)}, "1 unknown tensors, first extra"),
-        (
-            "compressor.safetensors",
-            lambda t: {n: v for n, v in t.items() if n != SLOTS},
-            "lacks 1 tensors, first slots",
-        ),
-        ("compressor.safetensors", lambda t: t | {SLOTS: t[SLOTS][1:].clone()}, r"slots has shape \(8, 48\), not \(9"),
-        ("compressor.safetensors", lambda t: t | {SLOTS: t[SLOTS].half()}, "slots is stored as F16, not F32"),
-        ("compressor.safetensors", lambda t: t | {SLOTS: t[SLOTS].long()}, "slots is stored as I64, not F32"),
-        ("compressor.safetensors", lambda t: t | {SLOTS: t[SLOTS].flip(0)}, "golden example: .* is off"),
-        ("generator.safetensors", lambda t: {n: v * 2 for n, v in t.items()}, "golden example: logprobs is off"),
-        ("generator.safetensors", lambda t: {n: v * float("nan") for n, v in t.items()}, "not finite"),
-        ("golden.safetensors", lambda t: t | {"memory": t["memory"] + 1}, "golden example: memory is off"),
-        ("golden.safetensors", lambda t: t | {"memory": t["memory"] * float("nan")}, "golden example: memory is off"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused(
-    copied: Path, file: str, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]], message: str
-) -> None:
-    edit_tensors(copied / file, change)
-    sign(copied)
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(copied)
-
-
-def test_a_file_that_is_no_safetensors_file_is_refused(copied: Path) -> None:
-    # A header that claims to be 2^62 bytes long.
-    (copied / "compressor.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    sign(copied)
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_checkpoint(copied)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_changed_byte_goes_unnoticed(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    shutil.rmtree(tmp_path / "v1", ignore_errors=True)
-    copied = shutil.copytree(saved, tmp_path / "v1")
-    files = sorted(path for path in copied.rglob("*") if path.is_file() and path.name != MANIFEST)
-    path = data.draw(st.sampled_from(files))
-    content = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    content[place] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{path.name}: its sha256"):
-        load_checkpoint(copied)
 
 
 # The golden example
