@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(options)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
-        command.run(options.parse_args(given[1:]))
+        # Intermixed, so that overrides may stand behind options.
+        command.run(options.parse_intermixed_args(given[1:]))
     except ScaledownError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1

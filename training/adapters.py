@@ -1,0 +1,82 @@
+"""Low-rank adapters while training, through peft; and the weights of a trained model as a checkpoint stores them."""
+
+import re
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from core.compressors import Compressor
+from core.config import LoraConfig
+from core.errors import CheckpointError
+from core.generator import ADAPTER_PREFIX
+
+ADAPTER = "default"
+LORA_NAME = re.compile(rf"\.lora_([AB])\.{ADAPTER}\.weight$")
+
+
+def add_lora(module: nn.Module, lora: LoraConfig) -> list[nn.Parameter]:
+    """Put fresh adapters on `module`'s linear layers, in place, and return their parameters (float32, trainable).
+
+    The rest of `module` is frozen. A fresh adapter changes no output: its B is zero (arXiv 2106.09685 sec. 4.1).
+    """
+    inject_adapter_in_model(
+        PeftLoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+        ),
+        module,
+        adapter_name=ADAPTER,
+    )
+    parameters = []
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(bool(LORA_NAME.search(name)))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            parameters.append(parameter)
+    return parameters
+
+
+def adapter_state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapters of `module` in peft's own naming (`base_model.model.<path>.lora_A.weight`), float32 on the CPU."""
+    return {
+        ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): parameter.detach().float().cpu().clone()
+        for name, parameter in module.named_parameters()
+        if LORA_NAME.search(name)
+    }
+
+
+@torch.no_grad()
+def load_adapter(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set the adapters of `module` from `adapter_state`'s form. Raises CheckpointError unless every key fits."""
+    own = {
+        ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): parameter
+        for name, parameter in module.named_parameters()
+        if LORA_NAME.search(name)
+    }
+    if own.keys() != tensors.keys():
+        raise CheckpointError("the adapter to start from has other layers than model.generator.lora asks for")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise CheckpointError(f"the adapter to start from has another rank at {name}")
+        parameter.copy_(tensors[name])
+
+
+def compressor_state(compressor: Compressor, lora: LoraConfig | None) -> dict[str, Tensor]:
+    """The compressor's weights, float32 on the CPU, adapters merged: what a checkpoint stores."""
+    state = {name: value.detach().float().cpu().clone() for name, value in compressor.state_dict().items()}
+    if lora is None:
+        return state
+    merged = {}
+    for name, value in state.items():
+        if LORA_NAME.search(name):
+            continue
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            down, up = (state[f"{stem}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
+            value = value + lora.alpha / lora.r * (up @ down)
+        merged[name.replace(".base_layer.", ".")] = value
+    return merged

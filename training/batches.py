@@ -1,0 +1,147 @@
+"""Rows to training examples, and examples to batches. Pure functions of seed and position: resuming repeats nothing.
+
+Knows tokenizers and chunks; runs no model.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.config import Mode
+from core.model import Model
+from core.pipeline import PreparedRequest, prepare, rows_of
+from core.rows import ChunkRow
+from training.config import DataConfig, LossConfig
+from training.data_format import Row, RowPassage
+
+BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
+
+
+@dataclass(frozen=True, slots=True)
+class TrainExample:
+    """One row, sampled and tokenised for one step.
+
+    answer_ids  target tokens with the end of turn; empty: the generator does not see this example
+    relevance   one target a passage; None where the row does not say
+    hits        for each chunk, the generator tokens (indices in the chunk) at which a pointer is right
+    """
+
+    request: PreparedRequest
+    rows: list[ChunkRow]
+    mode: Mode
+    answer_ids: list[int]
+    relevance: list[float] | None
+    hits: list[list[int]]
+
+
+def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of each batch of an epoch: shuffled, then bucketed by length, then the batches shuffled.
+
+    Depends on its arguments alone. Every index stands in one batch; only the last of a bucket can be short.
+    """
+    rng = random.Random(f"{seed}/{epoch}/plan")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches = []
+    for start in range(0, len(order), batch_size * BUCKET_BATCHES):
+        bucket = sorted(order[start : start + batch_size * BUCKET_BATCHES], key=lambda index: lengths[index])
+        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def row_length(row: Row, passages: int) -> int:
+    """A cheap stand-in for the cost of a row: characters of the passages it will have, on average."""
+    total = sum(len(passage.content) for passage in row.passages)
+    kept = min(passages or len(row.passages), len(row.passages))
+    return len(row.query) + total * kept // len(row.passages)
+
+
+def make_example(model: Model, row: Row, data: DataConfig, loss: LossConfig, key: str) -> TrainExample:
+    """Sample passages, mode and rate with randomness that `key` determines, and tokenise."""
+    rng = random.Random(key)
+    passages, empty = sample_passages(row, data, rng)
+    mode = rng.choices(list(data.modes), weights=list(data.modes.values()))[0]
+    rate = rng.choice(model.config.compressor.rates)
+    request = prepare(model, row.query, passages)
+    known = [passage.relevance for passage in passages if passage.relevance is not None]
+    answers = [*row.answers, *([row.teacher_answer] if row.teacher_answer else [])]
+    return TrainExample(
+        request=request,
+        rows=rows_of(model, request, rate),
+        mode=mode,
+        answer_ids=[] if empty else target_ids(model, row, data.answer_tokens),
+        relevance=known if len(known) == len(passages) else None,
+        hits=find_hits(model, request, passages, answers) if loss.alignment > 0 else [],
+    )
+
+
+def target_ids(model: Model, row: Row, most: int) -> list[int]:
+    """The target answer's tokens, cut to `most`; the end of turn stays only where nothing was cut."""
+    return model.template.answer_ids(row.target)[:most]
+
+
+def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[list[RowPassage], bool]:
+    """Choose an example's passages: relevant ones first, then others, in shuffled order.
+
+    The second value says that the relevant ones were left out on purpose (`data.empty_share`).
+    """
+    relevant = [passage for passage in row.passages if (passage.relevance or 0) > 0.5]
+    others = [passage for passage in row.passages if (passage.relevance or 0) <= 0.5]
+    empty = bool(relevant and others) and rng.random() < data.empty_share
+    wanted = data.passages or len(row.passages)
+    rng.shuffle(relevant)
+    rng.shuffle(others)
+    chosen = ([] if empty else relevant[:wanted]) + others
+    chosen = chosen[:wanted]
+    rng.shuffle(chosen)
+    return chosen, empty
+
+
+def find_hits(
+    model: Model, request: PreparedRequest, passages: Sequence[RowPassage], answers: Sequence[str]
+) -> list[list[int]]:
+    """For each chunk, where a pointer finds an answer: weak labels, an answer string found in the passage is enough.
+
+    With windows (`pointer_window` > 1) a pointer is right at an answer's first token, else at any of its tokens.
+    Passages known not to be relevant have no right place.
+    """
+    words = "|".join(sorted({re.escape(answer.strip()) for answer in answers if answer.strip()}, key=len, reverse=True))
+    pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+    windowed = model.config.compressor.pointer_window > 1
+    spans_of: dict[int, list[tuple[int, int]]] = {}
+    for index, passage in enumerate(passages):
+        irrelevant = passage.relevance is not None and passage.relevance <= 0.5
+        spans_of[index] = [] if irrelevant or not words else [m.span() for m in pattern.finditer(passage.content)]
+    hits = []
+    for chunk in request.chunks:
+        found: set[int] = set()
+        for start, end in spans_of[chunk.passage]:
+            tokens = [i for i, (a, b) in enumerate(chunk.generator_spans) if a < end and b > start]
+            found.update(tokens[:1] if windowed else tokens)
+        hits.append(sorted(found))
+    return hits
+
+
+def example_tokens(model: Model, example: TrainExample) -> int:
+    """Positions an example costs, compressor rows and generator prompt together, before padding."""
+    rows = sum(model.compressor.row_format.length(row) for row in example.rows)
+    memory = sum(row.memory_tokens for row in example.rows)
+    text = sum(len(row.chunk.generator_ids) for row in example.rows)
+    shown = {"compressed": memory, "text": text, "hybrid": memory + text // len(example.request.passages)}
+    return rows + shown[example.mode] + len(example.answer_ids)
+
+
+def micro_batches(model: Model, examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
+    """Split a batch into pieces of at most `max_tokens` positions (one example at least), like modes together."""
+    pieces: list[list[TrainExample]] = []
+    used = 0
+    for example in sorted(examples, key=lambda example: (example.mode, example_tokens(model, example))):
+        cost = example_tokens(model, example)
+        if not pieces or used + cost > max_tokens or pieces[-1][0].mode != example.mode:
+            pieces.append([])
+            used = 0
+        pieces[-1].append(example)
+        used += cost
+    return pieces

@@ -1,0 +1,65 @@
+"""The parts of the training objective, as pure functions of tensors. Each returns a sum; callers divide by counts."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropy of answer tokens (OSCAR sec. 3.2): logits (n, V), targets (n,) int64 -> scalar."""
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def kl_loss(logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over tokens of KL(teacher || student) on the teacher's stored top k, which is renormalised.
+
+    logits (n, V); teacher_ids (n, k) int64; teacher_logprobs (n, k) -> scalar. Scaled by temperature squared
+    (Hinton et al. 2015), so that its gradients keep their size.
+    """
+    student = (logits.float() / temperature).log_softmax(-1).gather(1, teacher_ids)  # (n, k)
+    teacher = (teacher_logprobs.float() / temperature).log_softmax(-1)  # (n, k)
+    return functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def relevance_loss(
+    scores: Tensor, targets: Tensor, example: Tensor, kind: Literal["mse", "bce", "bce_listwise"]
+) -> Tensor:
+    """Sum over passages of the loss on relevance scores.
+
+    scores (P,) float32 raw passage scores; targets (P,) a teacher's scores (`mse`, OSCAR sec. 4.4) or 0/1 labels;
+    example (P,) int64, which example each passage belongs to. `bce_listwise` adds, for each example that has both
+    kinds, minus the log of the softmax mass on its relevant passages (ListNet, Cao et al. 2007).
+    """
+    if kind == "mse":
+        return functional.mse_loss(scores, targets, reduction="sum")
+    loss = functional.binary_cross_entropy_with_logits(scores, targets, reduction="sum")
+    if kind == "bce":
+        return loss
+    for index in example.unique():
+        inside = example == index
+        group, relevant = scores[inside], targets[inside] > 0.5
+        if relevant.any() and not relevant.all():
+            loss = loss + group.logsumexp(0) - group[relevant].logsumexp(0)
+    return loss
+
+
+def alignment_loss(logits: Tensor, hits: Tensor) -> Tensor:
+    """Sum over rows of how badly the pointers miss the answer.
+
+    logits (B, W, G) float32, minus infinity at padding; hits (B, G) bool, tokens at which a pointer is right; rows
+    without a hit count nothing. Half is the first pointer's own miss, so that the lowest rate finds the answer by
+    itself; half is the chance that all W miss (noisy or), so that further pointers cover what the first leaves.
+    """
+    with_hit = hits.any(1)
+    if not bool(with_hit.any()):
+        return logits.new_zeros(())
+    logits, hits = logits[with_hit], hits[with_hit]
+    found = logits.masked_fill(~hits.unsqueeze(1), float("-inf")).logsumexp(-1) - logits.logsumexp(-1)  # (B, W) log P
+    first = -found[:, 0]
+    if logits.shape[1] == 1:
+        return first.sum()
+    all_miss = torch.log1p(-found.exp().clamp(max=1 - 1e-6)).sum(1)  # (B,) log of the chance that none finds it
+    any_found = torch.log(-torch.expm1(all_miss.clamp(max=-1e-6)))
+    return 0.5 * (first - any_found).sum()

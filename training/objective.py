@@ -1,0 +1,209 @@
+"""One forward pass of a micro-batch and the parts of its loss. Knows no optimiser, no files and no schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from core.model import Model
+from core.rows import collate_rows, plan_batches
+from training.batches import TrainExample
+from training.config import LossConfig
+from training.losses import alignment_loss, answer_loss, relevance_loss
+
+
+@dataclass
+class Parts:
+    """Sums over a micro-batch: `losses` are tensors to be differentiated, `counts` what to divide them by.
+
+    real, padded  positions that hold tokens, and all positions computed
+    pointed       rows whose first pointer's best guess is right
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    real: int = 0
+    padded: int = 0
+    pointed: int = 0
+
+
+@dataclass(frozen=True)
+class CompressedRows:
+    """All rows of a micro-batch, in order: memory embeddings, and the score of each row (R,)."""
+
+    memory: list[Tensor]
+    scores: Tensor
+
+
+class Objective(nn.Module):
+    """Compressor and generator under the training objective; a module, so that it can be wrapped and replicated."""
+
+    def __init__(self, model: Model, loss: LossConfig, max_tokens: int, dropout: bool = True) -> None:
+        """`max_tokens`: padded positions of one pass of the compressor; `dropout`: whether its backbone's own is on."""
+        super().__init__()
+        self.compressor = model.compressor
+        self.generator = model.generator
+        self.model = model
+        self.loss = loss
+        self.max_tokens = max_tokens
+        self.dropout = dropout
+
+    def train(self, mode: bool = True) -> "Objective":
+        """As ever, but the backbone stays without dropout where that was asked for."""
+        super().train(mode)
+        if not self.dropout:
+            self.compressor.backbone.eval()
+        return self
+
+    def forward(self, examples: Sequence[TrainExample]) -> Parts:
+        """Sums of every part of the loss over `examples`."""
+        parts = Parts()
+        with_text_only = all(example.mode == "text" for example in examples)
+        by_relevance = self.model.config.prompt.passage_order == "relevance"
+        compressed = None
+        if self.loss.needs_compressor or by_relevance or not with_text_only:
+            compressed = self._compress(examples, parts)
+        scores = None if compressed is None else passage_scores(examples, compressed.scores)
+        if scores is not None and self.loss.relevance > 0:
+            self._add_relevance(examples, scores, parts)
+        if self.loss.needs_generator:
+            self._add_answers(examples, compressed, scores, parts)
+        return parts
+
+    def _compress(self, examples: Sequence[TrainExample], parts: Parts) -> CompressedRows:
+        """Run the compressor on every row, in batches of like length, and add the alignment loss."""
+        rows = [row for example in examples for row in example.rows]
+        hits = [hit for example in examples for hit in example.hits]
+        compressor, row_format = self.compressor, self.compressor.row_format
+        lengths = [row_format.length(row) for row in rows]
+        memory: list[Tensor] = [torch.empty(0)] * len(rows)
+        scores: list[Tensor] = [torch.empty(0)] * len(rows)
+        for indices in plan_batches(lengths, self.max_tokens):
+            batch = collate_rows([rows[i] for i in indices], row_format, self.model.config.compressor.max_memory_tokens)
+            output = compressor(batch.to(compressor.device), self.generator.embed)
+            parts.real += sum(lengths[i] for i in indices)
+            parts.padded += batch.mask.numel()
+            for place, index in enumerate(indices):
+                memory[index] = output.memory[place, : rows[index].memory_tokens]
+                scores[index] = output.scores[place]
+            if hits and output.logits is not None:
+                self._add_alignment(output.logits, [hits[i] for i in indices], parts)
+        return CompressedRows(memory, torch.stack(scores))
+
+    def _add_alignment(self, logits: Tensor, hits: Sequence[Sequence[int]], parts: Parts) -> None:
+        right = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.bool)  # (B, G)
+        for place, tokens in enumerate(hits):
+            right[place, list(tokens)] = True
+        right = right.to(logits.device)
+        labelled = right.any(1)
+        best = logits[:, 0].argmax(-1, keepdim=True)  # (B, 1)
+        parts.pointed += int((right.gather(1, best).squeeze(1) & labelled).sum())
+        add(parts, "alignment", alignment_loss(logits, right), int(labelled.sum()))
+
+    def _add_relevance(self, examples: Sequence[TrainExample], scores: Sequence[Tensor], parts: Parts) -> None:
+        known = [(index, example) for index, example in enumerate(examples) if example.relevance is not None]
+        if not known:
+            return
+        predicted = torch.cat([scores[index] for index, _ in known])  # (P,)
+        targets = torch.tensor([value for _, example in known for value in example.relevance or []])
+        owner = torch.tensor([index for index, example in known for _ in example.relevance or []])
+        loss = relevance_loss(
+            predicted, targets.to(predicted.device), owner.to(predicted.device), self.loss.relevance_kind
+        )
+        add(parts, "relevance", loss, len(targets))
+
+    def _add_answers(
+        self,
+        examples: Sequence[TrainExample],
+        compressed: CompressedRows | None,
+        scores: Sequence[Tensor] | None,
+        parts: Parts,
+    ) -> None:
+        """Splice, run the generator once over prompts and answers, and add the loss on answer tokens only."""
+        ids, masks, memories, starts = [], [], [], []
+        first = 0
+        for index, example in enumerate(examples):
+            memory = compressed.memory[first : first + len(example.rows)] if compressed else []
+            first += len(example.rows)
+            if not example.answer_ids:
+                continue
+            layout_ids, layout_mask, used = lay_out(self.model, example, memory, scores[index] if scores else None)
+            answer = torch.tensor(example.answer_ids)
+            starts.append(len(layout_ids))
+            ids.append(torch.cat([layout_ids, answer]))
+            masks.append(torch.cat([layout_mask, torch.zeros(len(answer), dtype=torch.bool)]))
+            memories += used
+        if not ids:
+            return
+        answered = [example for example in examples if example.answer_ids]
+        hidden = self._run_generator(ids, masks, memories, parts)  # (B, T, d)
+        # The token at position p is predicted from the hidden state at p - 1.
+        rows = [row for row, example in enumerate(answered) for _ in example.answer_ids]
+        places = [
+            start - 1 + offset
+            for start, example in zip(starts, answered, strict=True)
+            for offset in range(len(example.answer_ids))
+        ]
+        targets = torch.tensor([token for example in answered for token in example.answer_ids])
+        logits = self.generator.next_logits(hidden[rows, places])  # (n, V)
+        add(parts, "answer", answer_loss(logits, targets.to(logits.device)), len(targets))
+
+    def _run_generator(self, ids: list[Tensor], masks: list[Tensor], memories: list[Tensor], parts: Parts) -> Tensor:
+        device = self.generator.device
+        lengths = [len(row) for row in ids]
+        padded_ids = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
+        memory_mask = pad_sequence(masks, batch_first=True).to(device)
+        memory = torch.cat(memories) if memories else torch.zeros(0, self.generator.hidden_size, device=device)
+        embeddings = self.generator.splice(padded_ids, memory_mask, memory)  # (B, T, d)
+        real = torch.arange(padded_ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)  # (B, T)
+        parts.real += sum(lengths)
+        parts.padded += real.numel()
+        mask = None if bool(real.all()) else real.long().to(device)
+        output = self.generator.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+def add(parts: Parts, name: str, loss: Tensor, count: int) -> None:
+    """Add one summed loss and its count to `parts`."""
+    parts.losses[name] = parts.losses[name] + loss if name in parts.losses else loss
+    parts.counts[name] = parts.counts.get(name, 0) + count
+
+
+def passage_scores(examples: Sequence[TrainExample], scores: Tensor) -> list[Tensor]:
+    """Row scores (R,) -> for each example the scores (P,) of its passages: the best of each one's chunks."""
+    result, first = [], 0
+    for example in examples:
+        own = scores[first : first + len(example.rows)]
+        first += len(example.rows)
+        owner = torch.tensor([row.chunk.passage for row in example.rows], device=scores.device)
+        empty = torch.zeros(len(example.request.passages), device=scores.device)
+        result.append(empty.scatter_reduce(0, owner, own, "amax", include_self=False))
+    return result
+
+
+def lay_out(
+    model: Model, example: TrainExample, memory: Sequence[Tensor], scores: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The prompt of one example: ids (T,), memory mask (T,), and the memory embeddings in prompt order."""
+    count = len(example.request.passages)
+    by_score = list(range(count))
+    if scores is not None:
+        by_score = sorted(by_score, key=lambda index: -float(scores[index]))
+    shown = set(by_score[: model.config.prompt.hybrid_top]) if example.mode == "hybrid" else set()
+    if example.mode == "text":
+        shown = set(range(count))
+    order = by_score if model.config.prompt.passage_order == "relevance" else range(count)
+    blocks: list[list[int] | int] = []
+    used: list[Tensor] = []
+    for index in order:
+        mine = [place for place, row in enumerate(example.rows) if row.chunk.passage == index]
+        if index in shown:
+            blocks.append([token for place in mine for token in example.rows[place].chunk.generator_ids])
+        else:
+            blocks.append(sum(example.rows[place].memory_tokens for place in mine))
+            used += [memory[place] for place in mine]
+    layout = model.template.layout(example.request.query, blocks)
+    return layout.ids, layout.memory_mask, used

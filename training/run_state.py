@@ -1,0 +1,138 @@
+"""A run on disk: `best/` and `last/`, each whole or not there at all. safetensors and JSON only.
+
+run/config.yaml            the resolved configuration
+run/metrics.jsonl          one object a line
+run/{best,last}/           compressor.safetensors, adapter.safetensors, config.json, summary.json
+run/last/                  also trainable.safetensors, optimizer.safetensors, progress.json: to go on from
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from core.config import dump_config
+from core.errors import CheckpointError
+from core.model import Model
+from training.adapters import adapter_state, compressor_state, load_adapter
+from training.config import TrainConfig
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps done, examples seen, the best dev score and how many evaluations ago it was."""
+
+    step: int = 0
+    examples: int = 0
+    skipped: int = 0
+    best_score: float | None = None
+    evaluations_since_best: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
+    """Replace `folder` as a whole: a kill or a full disk at any moment leaves the old or the new one complete."""
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, state in tensors.items():
+            save_file(dict(state), partial / name)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a kill between the two renames of `write_folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
+def save_weights(
+    model: Model,
+    config: TrainConfig,
+    progress: Progress,
+    folder: Path,
+    state: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write `folder` (`best/` or `last/`); `state` holds the groups of tensors to go on from, by file name."""
+    tensors: dict[str, Mapping[str, Tensor]] = {
+        "compressor.safetensors": compressor_state(model.compressor, config.optimizer.compressor_lora)
+    }
+    adapter = adapter_state(model.generator.model)
+    if adapter:
+        tensors["adapter.safetensors"] = adapter
+    summary = {"steps": progress.step, "examples": progress.examples, "dev": progress.scores, "start": config.start}
+    texts = {
+        "config.json": dump_config(dataclasses.replace(model.config, trained=True)),
+        "summary.json": json.dumps(summary, indent=2) + "\n",
+    }
+    if state is not None:
+        tensors |= state
+        texts["progress.json"] = json.dumps(dataclasses.asdict(progress))
+    write_folder(folder, tensors, texts)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as named tensors."""
+    return {
+        f"{key}/{name}": value.detach().cpu().clone()
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_run(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> Progress:
+    """Load `last/` into the trainable parameters and the optimiser. Raises CheckpointError where it does not fit."""
+    try:
+        trainable = load_file(folder / "trainable.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be resumed from: {error}") from None
+    if trainable.keys() != set(names.values()):
+        raise CheckpointError(f"{folder} was trained with other settings; give a new run folder")
+    with torch.no_grad():
+        for parameter, name in names.items():
+            parameter.copy_(trainable[name])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"step/{name}" in moments:
+                # AdamW keeps its step count on the CPU, the moments beside the parameter.
+                optimizer.state[parameter] = {
+                    key: moments[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
+                }
+    return progress
+
+
+def start_from(model: Model, folder: Path) -> None:
+    """Begin from the weights of another run's `best/` or `last/`, or of an exported checkpoint.
+
+    A generator adapter is taken where the folder has one. Raises CheckpointError where shapes differ.
+    """
+    try:
+        weights = load_file(folder / "compressor.safetensors")
+        model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
+    for name in ("adapter.safetensors", "generator.safetensors"):
+        if (folder / name).exists() and model.config.generator.lora is not None:
+            load_adapter(model.generator.model, load_file(folder / name))

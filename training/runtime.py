@@ -1,0 +1,79 @@
+"""Where a run runs: device, precision and the other processes. The loop asks this and never which hardware it is on.
+
+Processes come from `accelerate launch` (CPU with gloo, CUDA with NCCL). Trainium is `training/trainium.py`.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+
+class Runtime(Protocol):
+    """What the loop needs of its hardware."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+    def autocast(self, precision: str) -> AbstractContextManager[object]:
+        """Lower precision for the forward pass; master weights stay float32."""
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes."""
+
+    def sum_counts(self, counts: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes; every process must give the same keys."""
+
+    def end_step(self) -> None:
+        """Called after each optimiser step, when a lazy device should run what was recorded."""
+
+    def wait(self) -> None:
+        """Return once every process is here."""
+
+
+class AccelerateRuntime:
+    """CPU or CUDA, one process or many, as `accelerate launch` set them up."""
+
+    def __init__(self) -> None:
+        self._state = PartialState()
+        self.device: torch.device = self._state.device
+        self.rank: int = self._state.process_index
+        self.world: int = self._state.num_processes
+
+    def autocast(self, precision: str) -> AbstractContextManager[object]:
+        """bfloat16 autocast where `precision` is bf16."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """One all-reduce of all gradients, flattened; parameters without one count as zero."""
+        if self.world == 1:
+            return
+        owners = list(parameters)
+        for parameter in owners:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in owners if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def sum_counts(self, counts: dict[str, float]) -> dict[str, float]:
+        """One all-reduce, in float64."""
+        if self.world == 1:
+            return counts
+        keys = sorted(counts)
+        values: Tensor = torch.tensor([counts[key] for key in keys], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values)
+        return dict(zip(keys, values.tolist(), strict=True))
+
+    def end_step(self) -> None:
+        """Nothing: CPU and CUDA run as they are told."""
+
+    def wait(self) -> None:
+        """A barrier."""
+        self._state.wait_for_everyone()
