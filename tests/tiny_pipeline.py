@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.config import CompressorConfig, Config, GeneratorConfig, PromptConfig
 from core.model import Model, build_model
@@ -48,3 +48,9 @@ def tiny_model(
             torch.manual_seed(8)
             nn.init.normal_(model.compressor.readout.residual.weight, std=0.1)
     return model
+
+
+def embedding_table(backbone: Any) -> Tensor:
+    """The input embeddings `(vocabulary, d)` of a model of transformers, which does not type them."""
+    table: Tensor = backbone.get_input_embeddings().weight
+    return table
