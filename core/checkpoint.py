@@ -27,7 +27,7 @@ from torch import Tensor
 from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor
 from core.config import Config, dump_config
-from core.errors import BaseModelError, CheckpointError, ConfigError
+from core.errors import CheckpointError
 from core.generator import Generator, adapter_shapes, load_generator, merge_lora
 from core.golden import read_golden, record_golden, verify_golden, write_golden
 from core.manifest import ALLOWED, DTYPES, dtype_name, parse_json, read_bounded, read_manifest, write_manifest
@@ -167,10 +167,11 @@ def _load_compressor(folder: Path, config: Config, generator: Generator, stored:
         # First without memory: a config may ask for any size, but the file's tensors are of the size they are.
         with torch.device("meta"):
             shapes = shapes_of(build_compressor(config, generator, encoder))
-        check_tensors(folder / COMPRESSOR, shapes, stored)
-        compressor = build_compressor(config, generator, encoder)
-    except (BaseModelError, ConfigError, OSError, ValueError) as error:
-        raise CheckpointError(f"the compressor that config.json describes cannot be built: {error}") from None
+    # transformers raises whatever a malformed config makes it stumble over.
+    except Exception as error:
+        raise CheckpointError(f"the compressor that config.json describes cannot be built: {error}") from error
+    check_tensors(folder / COMPRESSOR, shapes, stored)
+    compressor = build_compressor(config, generator, encoder)
     read_into(compressor, folder / COMPRESSOR, stored)
     return compressor
 
@@ -192,8 +193,10 @@ def _write_model_folder(folder: Path, config: Any, tokenizer: Any) -> None:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
-        # tokenizer.json says all; some tokenizers also write the vocabulary they were converted from.
-        if f"{folder.name}/{file.name}" not in ALLOWED:
+        # tokenizer.json says all; some tokenizers also write what they were converted from, or further templates.
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif f"{folder.name}/{file.name}" not in ALLOWED:
             file.unlink()
 
 

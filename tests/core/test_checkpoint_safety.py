@@ -69,6 +69,7 @@ SLOTS = "slots"
         ("config.json", lambda c: c["generator"].update(lora=None), "generator.safetensors: must be there"),
         ("config.json", lambda c: c["generator"]["lora"].update(r=3), r"has shape \(2, 128\), not \(3, 128\)"),
         ("compressor_base/config.json", lambda c: c.update(hidden_size=10**6), "shape|cannot be built"),
+        ("compressor_base/config.json", lambda c: c.update(hidden_size="wide"), "cannot be built"),
         ("compressor_base/config.json", lambda c: c.update(model_type="nothing"), "cannot be built"),
         ("golden.json", lambda c: c.update(extra=1), "extra: unknown key"),
         ("golden.json", lambda c: c.update(rate=5), r"golden\.json: rate"),

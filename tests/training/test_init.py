@@ -93,11 +93,3 @@ def test_the_seed_decides_the_fresh_weights(tmp_path: Path, tiny_llama: Path) ->
 def test_settings_are_checked(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fresh_config(None, [override])
-
-
-def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["init", "--help"])
-    assert "python -m training init" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        main(["unknown"])
