@@ -77,6 +77,13 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            # Nothing may end this thread but `stop`. The watchdog sees that it is gone and ends the process.
+            log.critical("the worker thread dies", exc_info=True)
+
+    def _work(self) -> None:
         while True:
             if not any(lane.jobs for lane in self._lanes):
                 self._sleep()

@@ -1,0 +1,256 @@
+"""Changing the checkpoint under load: no request fails, a broken one changes nothing, versions are named truly."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from core.checkpoint import load_checkpoint, save_checkpoint
+from core.config import CompressorConfig, Config, GeneratorConfig
+from core.model import build_model
+from service.app import create_app
+from service.checkpoints import version_of
+from tests.service.calls import PASSAGES, QUERY, answer, error
+from tests.service.conftest import make_settings, serve_app
+
+KEY = "admin-0123456789abcdef"
+ADMIN = {"Authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="session")
+def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints that answer differently."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(("first", "second")):
+        config = Config(
+            compressor=CompressorConfig(n_layers=1 + seed, chunk_tokens=64),
+            generator=GeneratorConfig(base_model=str(tiny_llama)),
+        )
+        save_checkpoint(build_model(config, seed=seed), folder / name)
+    return folder
+
+
+@contextlib.contextmanager
+def serve_checkpoint(checkpoint: Path, **values: object) -> Iterator[httpx.Client]:
+    app = create_app(make_settings(checkpoint=checkpoint, admin_key=KEY, **values))
+    with serve_app(app) as client:
+        client.app = app  # type: ignore[attr-defined]  # tests reach the link watcher behind the socket
+        yield client
+
+
+def change(client: httpx.Client, action: str, name: str | None = None) -> httpx.Response:
+    body = {"action": action} | ({"name": name} if name else {})
+    return client.post("/admin/checkpoints", json=body, headers=ADMIN)
+
+
+def test_a_checkpoint_serves_as_its_folder_says(root: Path) -> None:
+    with serve_checkpoint(root / "first") as client:
+        assert answer(client)["checkpoint"] == version_of(root / "first") == load_checkpoint(root / "first").name
+        listed = client.get("/admin/checkpoints", headers=ADMIN).json()
+        assert listed == {"active": version_of(root / "first"), "kept": [], "available": ["first", "second"]}
+
+
+def test_activate_and_roll_back(root: Path) -> None:
+    first, second = version_of(root / "first"), version_of(root / "second")
+    with serve_checkpoint(root / "first") as client:
+        before = answer(client)
+        changed = change(client, "activate", "second").json()
+        assert (changed["version"], changed["active"], changed["kept"]) == (second, second, [first])
+        assert client.get("/readyz").json()["checkpoint"] == second
+        assert answer(client)["checkpoint"] == second
+        assert [p["relevance"] for p in answer(client)["passages"]] != [p["relevance"] for p in before["passages"]]
+        assert change(client, "rollback").json()["active"] == first
+        again = answer(client)
+        assert {**again, "timings_ms": None} == {**before, "timings_ms": None}
+        assert change(client, "activate", second).json()["active"] == second  # by version, from memory
+        assert f'scaledown_checkpoint_info{{checkpoint="{second}"}} 1.0' in client.get("/metrics").text
+
+
+def test_load_keeps_without_serving(root: Path) -> None:
+    with serve_checkpoint(root / "first") as client:
+        loaded = change(client, "load", "second").json()
+        assert loaded["active"] == version_of(root / "first")
+        assert loaded["kept"] == [version_of(root / "second")]
+
+
+def test_nothing_to_roll_back_to(root: Path) -> None:
+    with serve_checkpoint(root / "first", keep_checkpoints=0) as client:
+        assert change(client, "rollback").status_code == 409
+        assert change(client, "activate", "second").json()["kept"] == []
+        assert change(client, "rollback").status_code == 409
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../first", "/etc", "first/../../x", "a/b", ".hidden", "%2e%2e", "first\\..", "link"]
+)
+def test_nothing_outside_the_root_can_be_named(root: Path, tmp_path: Path, name: str) -> None:
+    inside, outside = tmp_path / "root", tmp_path / "outside"
+    inside.mkdir()
+    shutil.copytree(root / "first", inside / "first")
+    shutil.copytree(root / "second", outside)
+    (inside / "link").symlink_to(outside)
+    with serve_checkpoint(inside / "first") as client:
+        response = change(client, "activate", name)
+        assert response.status_code in (409, 422)
+        assert str(tmp_path) not in response.text
+        assert client.get("/readyz").json()["checkpoint"] == version_of(inside / "first")
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _alter(name: str) -> Callable[[Path], None]:
+    def alter(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return alter
+
+
+def _edit_manifest(folder: Path, **values: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **values}))
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def _other_base(folder: Path) -> None:
+    _edit_manifest(folder, generator={"name": "another", "sha256": "0" * 64})
+
+
+def _other_weights(folder: Path) -> None:
+    """Weights that fit and hash well, but are not those of the golden example."""
+    tensors = load_file(folder / "compressor.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, folder / "compressor.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    record = manifest["files"]["compressor.safetensors"]
+    data = (folder / "compressor.safetensors").read_bytes()
+    record.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _link(folder: Path) -> None:
+    target = folder.parent / "elsewhere.json"
+    shutil.move(folder / "golden.json", target)
+    (folder / "golden.json").symlink_to(target)
+
+
+BROKEN = {
+    "no manifest": _drop("manifest.json"),
+    "no weights": _drop("compressor.safetensors"),
+    "no config": _drop("config.json"),
+    "altered weights": _alter("compressor.safetensors"),
+    "altered config": _alter("config.json"),
+    "unknown key": lambda folder: _edit_manifest(folder, extra=1),
+    "another base model": _other_base,
+    "a pickle": _pickle,
+    "a link out": _link,
+    "not what was saved": _other_weights,
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_checkpoint_changes_nothing_and_says_why(
+    root: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    shutil.copytree(root / "first", tmp_path / "first")
+    shutil.copytree(root / "second", tmp_path / "broken")
+    damage(tmp_path / "broken")
+    with serve_checkpoint(tmp_path / "first") as client:
+        before = answer(client)
+        response = change(client, "activate", "broken")
+        assert response.status_code == 409
+        assert error(response)["code"] == "checkpoint"
+        assert len(error(response)["message"]) > 20
+        after = answer(client)
+        assert {**after, "timings_ms": None} == {**before, "timings_ms": None}
+        assert 'scaledown_checkpoint_swaps_total{result="refused"} 1.0' in client.get("/metrics").text
+        assert client.get("/admin/checkpoints", headers=ADMIN).json()["kept"] == []
+
+
+def test_memory_is_checked_before_loading(root: Path) -> None:
+    with serve_checkpoint(root / "first", max_model_bytes=1000) as client:
+        response = change(client, "activate", "second")
+        assert response.status_code == 409
+        assert "MiB" in error(response)["message"]
+
+
+def test_embeddings_of_another_version_are_refused(root: Path) -> None:
+    with serve_checkpoint(root / "first") as client:
+        body = {"query": QUERY, "passages": PASSAGES, "store": True}
+        compressed = client.post("/compress", json=body).json()["passages"][0]
+        change(client, "activate", "second")
+        for passage, field in (
+            ({"embeddings": compressed["embeddings"]}, "passages.0.embeddings.checkpoint"),
+            ({"embedding_id": compressed["embedding_id"]}, "passages.0.embedding_id"),
+        ):
+            response = client.post("/answer", json={"query": QUERY, "passages": [passage]})
+            assert response.status_code == 422
+            assert error(response)["field"] == field
+
+
+def test_a_hundred_swaps_under_load_fail_no_request(root: Path) -> None:
+    with serve_checkpoint(root / "first", max_sequences=4) as client:
+        expected = {}
+        for name in ("first", "second"):
+            change(client, "activate", name)
+            got = answer(client)
+            expected[got["checkpoint"]] = got["answer"], [p["relevance"] for p in got["passages"]]
+        stop, failures, seen = threading.Event(), [], set()
+
+        def ask() -> None:
+            while not stop.is_set():
+                response = client.post("/answer", json={"query": QUERY, "passages": PASSAGES, "max_new_tokens": 8})
+                if response.status_code != 200:
+                    failures.append(response.text)
+                    return
+                got = response.json()
+                seen.add(got["checkpoint"])
+                text, relevance = expected[got["checkpoint"]]
+                if got["answer"] != text or [p["relevance"] for p in got["passages"]] != pytest.approx(
+                    relevance, abs=1e-5
+                ):
+                    failures.append("not the answer of the version it names")
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for i in range(100):
+            assert change(client, "activate", ("first", "second")[i % 2]).status_code == 200
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert not failures
+        assert seen == set(expected)
+
+
+def test_a_link_that_moves_is_followed(root: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(root / "first")
+    with serve_checkpoint(link) as client:
+        app = client.app  # type: ignore[attr-defined]  # the fixture put it there
+        assert client.get("/readyz").json()["checkpoint"] == version_of(root / "first")
+
+        def follow(target: Path) -> str:
+            (tmp_path / "next").symlink_to(target)
+            (tmp_path / "next").rename(link)
+            loop = app.state.engine.outbox._loop
+            asyncio.run_coroutine_threadsafe(app.state.checkpoints.follow_link(), loop).result(20)
+            return str(client.get("/readyz").json()["checkpoint"])
+
+        assert follow(root / "second") == version_of(root / "second")
+        assert follow(tmp_path / "nothing") == version_of(root / "second")
+        assert follow(root / "first") == version_of(root / "first")

@@ -1,0 +1,175 @@
+"""What bad input gets: a 4xx in the one error shape that names the field and the limit, and never a 500."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.service.calls import PASSAGES, QUERY, answer, error
+from tests.service.conftest import Serve
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"query": ""}, "query"),
+        ({"query": " \n "}, "query"),
+        ({"query": 3}, "query"),
+        ({"query": None}, "query"),
+        ({"query": "a\0b"}, "query"),
+        ({"passages": []}, "passages"),
+        ({"passages": "text"}, "passages"),
+        ({"passages": {"0": "text"}}, "passages"),
+        ({"passages": [""]}, "passages.0"),
+        ({"passages": ["a", 3]}, "passages.1"),
+        ({"passages": ["a", None]}, "passages.1"),
+        ({"passages": ["a", {"text": ""}]}, "passages.1.text"),
+        ({"passages": ["a", {"text": "b\0"}]}, "passages.1.text"),
+        ({"passages": ["a", {"title": "b"}]}, "passages.1"),
+        ({"passages": ["a", {"text": "b", "body": "c"}]}, "passages.1.body"),
+        ({"passages": [{"text": "b", "title": 1}]}, "passages.0.title"),
+        ({"passages": [{"text": "b", "id": 1}]}, "passages.0.id"),
+        ({"passages": [{"text": "b", "embedding_id": "nothing"}]}, "passages.0.embedding_id"),
+        ({"mode": "fast"}, "mode"),
+        ({"rate": 5}, "rate"),
+        ({"rate": "16"}, "rate"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"stop": "x"}, "stop"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stream": "yes"}, "stream"),
+        ({"timeout": 0}, "timeout"),
+        ({"maxtokens": 3}, "maxtokens"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else value,
+)
+def test_wrong_values_name_their_field(client: httpx.Client, values: dict[str, Any], field: str) -> None:
+    response = client.post("/answer", json={"query": QUERY, "passages": ["text"], **values})
+    assert response.status_code == 422
+    assert error(response)["field"] == field
+    assert error(response)["code"] == "invalid_input"
+
+
+@pytest.mark.parametrize("path", ["/answer", "/rerank", "/compress"])
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (rb'{"query": "a\ud800", "passages": ["b"]}', "query"),
+        (rb'{"query": "a", "passages": ["b\udfff"]}', "passages.0"),
+        (rb'{"query": "a", "passages": [{"title": "\ud83d", "text": "b"}]}', "passages.0.title"),
+        (b"{}", "query"),
+        (b'{"query": "a"}', "passages"),
+        (b"[]", "body"),
+        (b"null", "body"),
+        (b"", "body"),
+    ],
+)
+def test_malformed_text_names_its_field(client: httpx.Client, path: str, raw: bytes, field: str) -> None:
+    response = client.post(path, content=raw, headers=JSON)
+    assert response.status_code == 422
+    assert error(response)["field"] == field
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{", b"nul", b'{"query": "a" "b"}', b"\xff\xfe", b'{"query": NaN', b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_what_is_no_json_is_refused(client: httpx.Client, raw: bytes) -> None:
+    response = client.post("/answer", content=raw, headers=JSON)
+    assert response.status_code in (400, 422)
+    error(response)
+
+
+def test_infinite_numbers_are_refused(client: httpx.Client) -> None:
+    for number in ("NaN", "Infinity", "-Infinity", "1e999"):
+        raw = f'{{"query": "a", "passages": ["b"], "temperature": {number}}}'
+        response = client.post("/answer", content=raw, headers=JSON)
+        assert response.status_code == 422
+        assert error(response)["field"] == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "limit"),
+    [
+        ({"passages": ["x"] * 4}, "passages", 3),
+        ({"passages": ["x" * 501]}, "passages.0.text", 500),
+        ({"query": "x" * 51}, "query", 50),
+        ({"max_new_tokens": 11}, "max_new_tokens", 10),
+        ({"stop": ["a", "b", "c"]}, "stop", 2),
+        ({"timeout": 20}, "timeout", 10),
+        ({"passages": ["one two three four five six seven eight"]}, "passages", 6),
+    ],
+)
+def test_limits_are_named(serve: Serve, values: dict[str, Any], field: str, limit: int) -> None:
+    limits = {
+        "max_passages": 3,
+        "max_passage_chars": 500,
+        "max_query_chars": 50,
+        "max_new_tokens": 10,
+        "max_stop": 2,
+        "max_timeout_seconds": 10,
+        "max_request_tokens": 6,
+    }
+    with serve(**limits) as client:
+        response = client.post("/answer", json={"query": "a", "passages": ["b"], "max_new_tokens": 1, **values})
+        assert response.status_code == 413
+        assert error(response)["field"] == field
+        assert error(response)["limit"] == limit
+
+
+def test_other_errors_have_the_same_shape(client: httpx.Client) -> None:
+    for response, status, code in [
+        (client.get("/nothing"), 404, "not_found"),
+        (client.get("/answer"), 405, "method_not_allowed"),
+        (client.delete("/answer"), 405, "method_not_allowed"),
+        (client.post("/answer", content=b"a=b", headers={"Content-Type": "text/plain"}), 415, "unsupported_media_type"),
+        (client.post("/answer", content=b"[" * 5000, headers=JSON), 413, "too_large"),
+    ]:
+        assert response.status_code == status
+        assert error(response)["code"] == code
+
+
+def test_errors_do_not_repeat_the_callers_text(client: httpx.Client) -> None:
+    response = client.post("/answer", json={"query": QUERY, "passages": ["b"], "mode": "SECRET-MODE"})
+    assert "SECRET" not in response.text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = ["query", "passages", "mode", "rate", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop"]
+FIELDS = st.sampled_from([*NAMES, "stream", "timeout", "hybrid_top", "no_such_field"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.dictionaries(FIELDS, VALUES, max_size=4), path=st.sampled_from(["/answer", "/rerank", "/compress"]))
+def test_no_json_makes_the_service_fail(client: httpx.Client, values: dict[str, Any], path: str) -> None:
+    defaults = {"query": "a", "passages": ["b"]} | ({"max_new_tokens": 1} if path == "/answer" else {})
+    body = {**defaults, **values}
+    response = client.post(path, content=json.dumps(body), headers=JSON)
+    assert response.status_code in (200, 413, 422)
+    if response.status_code != 200:
+        error(response)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary(max_size=200) | st.text(alphabet='{}[]",:0123eE-+.\\u tfn', max_size=60).map(str.encode))
+def test_no_bytes_make_the_service_fail(client: httpx.Client, raw: bytes) -> None:
+    response = client.post("/answer", content=raw, headers=JSON)
+    assert response.status_code in (400, 413, 422)
+    error(response)
+
+
+def test_the_service_still_works_afterwards(client: httpx.Client) -> None:
+    assert answer(client)["passages"][1]["id"] == PASSAGES[1]["id"]

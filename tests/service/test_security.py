@@ -1,0 +1,154 @@
+"""Keys, headers, bodies that are too large, too slow or too many, and what is never shown."""
+
+import hashlib
+import json
+import logging
+import socket
+import time
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from core.errors import ConfigError
+from service.logs import JsonFormatter
+from service.settings import Settings, check_environment
+from tests.service.calls import PASSAGES, QUERY, error
+from tests.service.conftest import Serve, make_settings
+
+KEY, OTHER, ADMIN = "alpha-0123456789abcdef", "beta-0123456789abcdef", "admin-0123456789abcdef"
+BODY = {"query": QUERY, "passages": PASSAGES}
+
+HEAD = "POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_keys_guard_everything_but_health(serve: Serve) -> None:
+    hashed = "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()
+    with serve(api_keys=f"{KEY},{hashed}") as client:
+        for path in ("/livez", "/readyz", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        refused = client.post("/rerank", json=BODY)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        error(refused)
+        for wrong in ("nonsense", KEY + "x", hashed, hashed.removeprefix("sha256:"), ADMIN):
+            assert client.post("/rerank", json=BODY, headers=bearer(wrong)).status_code in (401, 403)
+        for path in ("/answer/", "/answer%2F", "/nothing"):
+            assert client.post(path, json=BODY).status_code == 401
+        assert client.post("/rerank", json=BODY, headers=bearer(KEY)).status_code == 200
+        assert client.post("/rerank", json=BODY, headers=bearer(OTHER)).status_code == 200
+        assert client.post("/rerank", json=BODY, headers={"X-API-Key": OTHER}).status_code == 200
+
+
+def test_admin_is_absent_without_its_key_and_closed_to_others(serve: Serve) -> None:
+    with serve(api_keys=KEY) as client:
+        assert client.get("/admin/checkpoints", headers=bearer(KEY)).status_code == 404
+    with serve(api_keys=KEY, admin_key=ADMIN) as client:
+        assert client.get("/admin/checkpoints").status_code == 401
+        assert client.get("/admin/checkpoints", headers=bearer(KEY)).status_code == 403
+        assert client.get("/admin/checkpoints", headers=bearer(ADMIN)).status_code == 200
+        assert client.post("/rerank", json=BODY, headers=bearer(ADMIN)).status_code == 403
+
+
+def test_headers(client: httpx.Client) -> None:
+    response = client.get("/livez", headers={"X-Request-Id": "abc-1.2_3", "Origin": "https://elsewhere.example"})
+    assert response.headers["x-request-id"] == "abc-1.2_3"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["x-frame-options"] == "DENY"
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "access-control-allow-origin" not in response.headers
+    for bad in ("a b", "x" * 129, "<script>"):
+        assert client.get("/livez", headers={"X-Request-Id": bad}).headers["x-request-id"] != bad
+
+
+def test_a_body_over_the_limit_is_refused_by_what_it_declares(serve: Serve) -> None:
+    with serve(max_body_bytes=1000) as client:
+        response = client.post("/rerank", json={**BODY, "query": "x" * 2000})
+        assert response.status_code == 413
+        assert error(response)["field"] == "body"
+        assert error(response)["limit"] == 1000
+
+
+def test_a_body_over_the_limit_is_refused_while_it_arrives(serve: Serve) -> None:
+    with serve(max_body_bytes=1000) as client, connect(client) as connection:
+        head = (
+            "POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        for _ in range(3):
+            connection.sendall(b"190\r\n" + b"x" * 400 + b"\r\n")  # 0x190 = 400; the last chunk never comes
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_that_trickles_in_is_given_up(serve: Serve) -> None:
+    with serve(body_seconds=0.3) as client, connect(client) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+        began = time.monotonic()
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began < 5
+
+
+def test_bodies_in_memory_have_a_common_limit(serve: Serve) -> None:
+    with serve(max_buffered_bytes=10_000, body_seconds=5) as client:
+        with connect(client) as connection:
+            connection.sendall(f"{HEAD}Content-Length: 9990\r\n\r\n{{".encode())
+            time.sleep(0.2)
+            refused = client.post("/rerank", json=BODY)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+        time.sleep(0.2)
+        assert client.post("/rerank", json=BODY).status_code == 200
+
+
+def connect(client: httpx.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=10)
+
+
+def test_logs_hold_no_passages_and_no_keys(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG), serve(api_keys=KEY) as client:
+        body = {"query": "a very private query", "passages": ["a very private passage"]}
+        client.post("/rerank", json=body, headers={**bearer(KEY), "X-Request-Id": "find-me"})
+        client.post("/rerank", json={**body, "mode": "private"}, headers=bearer(KEY))
+    ours = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("service")]
+    assert any(json.loads(line).get("route") == "/rerank" for line in ours)
+    assert not any("private" in line or KEY in line for line in ours)
+
+
+def test_settings_hide_their_secrets() -> None:
+    settings = make_settings(api_keys=KEY, admin_key=ADMIN)
+    assert KEY not in repr(settings)
+    assert ADMIN not in settings.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"no_such_setting": 1}, "no_such_setting"),
+        ({"api_keys": "short"}, "api_keys"),
+        ({"admin_key": "sha256:nothex0123456789"}, "admin_key"),
+        ({"port": 70000}, "port"),
+        ({"max_passages": 0}, "max_passages"),
+        ({"overload_status": 500}, "overload_status"),
+        ({"device": "tpu"}, "device"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(values: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make_settings(**values)
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_PORT", "9000")
+    monkeypatch.setenv("SCALEDOWN_API_KEYS", f"{KEY}, {OTHER}")
+    assert Settings().port == 9000
+    assert [key.get_secret_value() for key in Settings().api_keys] == [KEY, OTHER]
+    check_environment()
+    monkeypatch.setenv("SCALEDOWN_MAX_PASAGES", "3")
+    with pytest.raises(ConfigError, match="SCALEDOWN_MAX_PASAGES"):
+        check_environment()
