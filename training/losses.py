@@ -45,21 +45,23 @@ def relevance_loss(
     return loss
 
 
-def alignment_loss(logits: Tensor, hits: Tensor) -> Tensor:
+def alignment_loss(logits: Tensor, hits: Tensor, exists: Tensor) -> Tensor:
     """Sum over rows of how badly the pointers miss the answer.
 
     logits (B, W, G) float32, minus infinity at padding; hits (B, G) bool, tokens at which a pointer is right; rows
-    without a hit count nothing. Half is the first pointer's own miss, so that the lowest rate finds the answer by
+    without a hit count nothing; exists (B, W) bool: rows with less memory than the widest of their batch have fewer
+    pointers. Half is the first pointer's own miss, so that the lowest rate finds the answer by
     itself; half is the chance that all W miss (noisy or), so that further pointers cover what the first leaves.
     """
     with_hit = hits.any(1)
     if not bool(with_hit.any()):
         return logits.new_zeros(())
-    logits, hits = logits[with_hit], hits[with_hit]
+    logits, hits, exists = logits[with_hit], hits[with_hit], exists[with_hit]
     found = logits.masked_fill(~hits.unsqueeze(1), float("-inf")).logsumexp(-1) - logits.logsumexp(-1)  # (B, W) log P
     first = -found[:, 0]
     if logits.shape[1] == 1:
         return first.sum()
-    all_miss = torch.log1p(-found.exp().clamp(max=1 - 1e-6)).sum(1)  # (B,) log of the chance that none finds it
+    misses = torch.log1p(-found.exp().clamp(max=1 - 1e-6))  # (B, W) log of the chance that this one does not find it
+    all_miss = (misses * exists).sum(1)  # (B,) log of the chance that none finds it
     any_found = torch.log(-torch.expm1(all_miss.clamp(max=-1e-6)))
     return 0.5 * (first - any_found).sum()

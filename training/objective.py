@@ -89,10 +89,11 @@ class Objective(nn.Module):
                 memory[index] = output.memory[place, : rows[index].memory_tokens]
                 scores[index] = output.scores[place]
             if hits and output.logits is not None:
-                self._add_alignment(output.logits, [hits[i] for i in indices], parts)
+                exists = batch.memory_mask[:, :: compressor.config.pointer_window]  # (B, W)
+                self._add_alignment(output.logits, exists, [hits[i] for i in indices], parts)
         return CompressedRows(memory, torch.stack(scores))
 
-    def _add_alignment(self, logits: Tensor, hits: Sequence[Sequence[int]], parts: Parts) -> None:
+    def _add_alignment(self, logits: Tensor, exists: Tensor, hits: Sequence[Sequence[int]], parts: Parts) -> None:
         right = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.bool)  # (B, G)
         for place, tokens in enumerate(hits):
             right[place, list(tokens)] = True
@@ -100,7 +101,7 @@ class Objective(nn.Module):
         labelled = right.any(1)
         best = logits[:, 0].argmax(-1, keepdim=True)  # (B, 1)
         parts.pointed += int((right.gather(1, best).squeeze(1) & labelled).sum())
-        add(parts, "alignment", alignment_loss(logits, right), int(labelled.sum()))
+        add(parts, "alignment", alignment_loss(logits, right, exists.to(logits.device)), int(labelled.sum()))
 
     def _add_relevance(self, examples: Sequence[TrainExample], scores: Sequence[Tensor], parts: Parts) -> None:
         known = [(index, example) for index, example in enumerate(examples) if example.relevance is not None]
