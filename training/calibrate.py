@@ -19,6 +19,13 @@ from training.results import RankingRecord, Record, read_results
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = """\
+examples:
+  # scale, bias and threshold from the scores that an evaluation of this checkpoint recorded
+  python -m training calibrate --checkpoint checkpoints/best --results evaluations/best/results.jsonl \\
+      --out checkpoints/best-calibrated
+"""
+
 
 def fit_relevance(records: Sequence[Record], rate: int, passages: int, seed: int = 0) -> Calibration:
     """Scale, bias and threshold from half of the questions, and how they do on the other half.
@@ -55,6 +62,8 @@ def calibrate_checkpoint(source: Path, target: Path, relevance: RelevanceConfig)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint that was evaluated")
     parser.add_argument("--results", type=Path, required=True, help="results.jsonl of its evaluation")
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibrated copy; must not exist")

@@ -30,9 +30,23 @@ from training.summary import summarise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 log = logging.getLogger(__name__)
 
+EXAMPLES = """\
+examples:
+  # every mode at every rate of the checkpoint, from 5 passages; run it again to go on after a kill
+  python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/best
+  # accuracy against the number of passages; 20 passages ranked, beside BM25 and an embedding model
+  python -m training evaluate --checkpoint checkpoints/best --data nq.jsonl.gz --out evaluations/nq \\
+      --passages 1 5 10 --ranking-passages 20 --embedding-model minilm-l6
+  # what is kept of another checkpoint's text mode, measured before on the same questions
+  python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/kept \\
+      --modes hybrid compressed --text-baseline evaluations/text/results.jsonl
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="rows in the data format (.jsonl or .jsonl.gz)")
     parser.add_argument("--out", type=Path, required=True, help="folder of results and report; resumes what it holds")
@@ -44,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
     parser.add_argument("--batch-size", type=int, default=16, help="questions answered side by side")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--cost-questions", type=int, default=8, help="questions to count operations and memory of")
+    parser.add_argument("--cost-questions", type=int, default=4, help="questions to count operations and memory of")
     parser.add_argument("--text-baseline", type=Path, help="results.jsonl whose text mode is what retention is against")
     parser.add_argument("--judge-url", help="OpenAI-compatible endpoint of a judge, up to /v1")
     parser.add_argument("--judge-model", help="the judge's name there")

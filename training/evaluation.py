@@ -4,6 +4,7 @@ Every batch of records is appended to the results file at once, so a run that wa
 Metrics are in `metrics.py`, averages in `summary.py`, the command line in `evaluate.py`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from training.rankers import EmbeddingRanker, rank_bm25
 from training.results import AnswerRecord, JudgementRecord, RankingRecord, Record, ResultsFile, Setting
 
 MODES: tuple[Mode, ...] = ("text", "hybrid", "compressed")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Plan:
     ranking_passages: int = 0
     batch_size: int = 16
     embedding_model: str | None = None
-    cost_questions: int = 8
+    cost_questions: int = 4
     options: GenerationOptions = field(default_factory=GenerationOptions)
 
     def groups(self) -> Iterator[list[Setting]]:
@@ -122,7 +124,9 @@ def _rank_baselines(questions: Sequence[Question], results: ResultsFile, plan: P
 
 
 def _rank(model: Model, questions: Sequence[Question], results: ResultsFile, plan: Plan) -> None:
-    """Rank more passages than are answered from, at the plan's first rate."""
+    """Rank what answering has not ranked, at the plan's first rate; a run of text mode alone ranks only on demand."""
+    if set(plan.modes) == {"text"} and not plan.ranking_passages:
+        return
     rate = plan.rates[0]
     done = {_key(record) for record in results.records}
     for count in plan.ranked_counts:

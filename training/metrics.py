@@ -102,7 +102,7 @@ def survival(prediction: str, references: Sequence[str], passages: Sequence[str]
     None where no reference both stands in a passage (word for word) and holds such a token.
     """
     texts = [words(passage) for passage in passages]
-    standing = [reference for reference in references if any(contains(text, answer_words([reference])) for text in texts)]
+    standing = [each for each in references if any(contains(text, answer_words([each])) for text in texts)]
     wanted = [tokens for tokens in map(named_tokens, standing) if tokens]
     if not wanted:
         return None

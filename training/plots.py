@@ -110,6 +110,8 @@ def plot_stages(settings: Sequence[Entry], key: str, unit: str, scale: float) ->
     axes.set_yticks(range(len(shown)), [entry["name"] for entry in shown])
     axes.invert_yaxis()
     _label(axes, unit, "")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars, not on them
     return figure
 
 

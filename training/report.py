@@ -16,6 +16,13 @@ from training.plots import plot_passages, plot_rates, plot_stages, plot_training
 from training.rendering import Section, Table, render_html, render_markdown, render_table
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = """\
+examples:
+  # again from the numbers, with the curves of the training run and against an earlier evaluation
+  python -m training report --result evaluations/best/result.json --metrics runs/best/metrics.jsonl \\
+      --before evaluations/first/result.json --out reports/best
+"""
 Summary = Mapping[str, Any]
 Entry = Mapping[str, Any]
 
@@ -221,6 +228,8 @@ def _signed(interval: Interval) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("--result", type=Path, help="result.json of an evaluation")
     parser.add_argument("--before", type=Path, help="result.json of an earlier one on the same questions, to compare")
     parser.add_argument("--metrics", type=Path, help="the trainer's metrics.jsonl, for loss curves")

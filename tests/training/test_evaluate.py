@@ -192,6 +192,20 @@ def test_evaluate_writes_results_and_report(checkpoint: Path, tmp_path: Path) ->
     assert (out / "report.md").exists()
 
 
+def test_text_mode_alone_compresses_nothing(
+    model: Model, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nothing is to be compressed")
+
+    monkeypatch.setattr("training.answering.compress", refuse)
+    results = ResultsFile.open(tmp_path / "results.jsonl", {})
+    evaluate(model, questions, results, Plan(modes=("text",), rates=(4,), passages=(3,), options=OPTIONS))
+    assert sum(isinstance(record, AnswerRecord) for record in results.records) == 4
+    with pytest.raises(AssertionError):
+        evaluate(model, questions, results, Plan(modes=("text",), rates=(4,), passages=(3,), ranking_passages=5))
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(
     model: Model, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
