@@ -293,6 +293,25 @@ def test_retention_is_against_the_baseline_where_one_is_given() -> None:
     assert against["text"]["retention"]["f1"]["value"] == pytest.approx(0.625)
 
 
+def test_text_baseline_must_be_of_the_same_questions(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, other, text = tmp_path / "dev.jsonl", tmp_path / "other.jsonl", tmp_path / "text"
+    write_rows(data, make_rows(2))
+    write_rows(other, make_rows(3))
+    fast = ["--cost-questions", "0", "--passages", "2"]
+    assert run_command(checkpoint, data, text, "--modes", "text", *fast) == 0
+    more = ["--modes", "compressed", "--rates", "8", "--text-baseline", str(text / "results.jsonl"), *fast]
+    assert run_command(checkpoint, data, tmp_path / "kept", *more) == 0
+    (entry,) = read_json(tmp_path / "kept" / "result.json")["settings"]
+    assert 0 < entry["prompt_tokens_share"]["value"] < 1
+    assert entry["flops"] == {}
+    assert run_command(checkpoint, other, tmp_path / "refused", *more) == 1
+    assert "measured on other data" in capsys.readouterr().err
+    assert run_command(checkpoint, data, tmp_path / "refused", "--judge-url", "http://judge.test/v1") == 1
+    assert "go together" in capsys.readouterr().err
+
+
 def test_survival_where_text_is_right_leaves_out_the_other_questions() -> None:
     def pair(number: int, text_right: float, survived: float | None) -> list[AnswerRecord]:
         return [
