@@ -77,7 +77,8 @@ def _passages(
         if config.without_positives == "skip" or found is None:
             return []
         example = replace(example, positives=(collection.passages[found],))
-    kept = [_judged(passage, 1.0) for passage in example.positives[: config.passages]]
+    positives = list({passage.content: passage for passage in example.positives}.values())
+    kept = [_judged(passage, 1.0) for passage in positives[: config.passages]]
     kept += example.unjudged[: config.passages - len(kept)]
     room = config.passages - len(kept)
     drawn = min(room, config.random_negatives) if config.mine else 0

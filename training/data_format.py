@@ -47,7 +47,7 @@ def open_writer(path: Path) -> TextIO:
     """Open for UTF-8 text, through gzip when the name ends in .gz; no time stamp in it: equal rows, equal bytes."""
     if path.suffix != ".gz":
         return path.open("w", encoding="utf-8", newline="\n")
-    return io.TextIOWrapper(gzip.GzipFile(path, "wb", mtime=0), encoding="utf-8", newline="\n")
+    return io.TextIOWrapper(gzip.GzipFile(path, "wb", compresslevel=6, mtime=0), encoding="utf-8", newline="\n")
 
 
 def check_string(value: Any, label: str) -> str:
@@ -56,9 +56,10 @@ def check_string(value: Any, label: str) -> str:
         raise RowError("wrong type", f"{label} must be a string, not {type(value).__name__}")
     if not value.strip():
         raise RowError("empty", f"{label} is empty")
-    # JSON can spell half of a surrogate pair, UTF-8 cannot.
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise RowError("wrong type", f"{label} has half of a surrogate pair, which is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, UTF-8 cannot
+        raise RowError("wrong type", f"{label} has half of a surrogate pair, which is no text") from None
     return value
 
 
@@ -189,7 +190,7 @@ def row_to_json(row: Row) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows to a new file that appears under its name only when it is complete; returns how many."""
+    """Write rows to a file that appears under its name only when it is complete; returns how many. Raises DataError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     count = 0
@@ -199,6 +200,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
                 file.write(row_to_json(row) + "\n")
                 count += 1
         partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
     return count

@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from core.errors import ConfigError
 from training.data_format import Row, parse_json_line, parse_list, parse_row, row_to_json
-from training.data_quality import ReadPolicy, RowError
+from training.data_quality import DataError, ReadPolicy, RowError
 
 TRUSTED = ReadPolicy(max_passage_chars=2**62, need_answer=False)  # its rows were checked before they came here
 
@@ -20,15 +20,28 @@ class Journal:
     """Finished rows by id. A block counts once its whole line is on disk; a torn last line is cut off at opening."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Open or begin a journal. Raises ConfigError where `path` holds one of other settings."""
+        """Open or begin a journal. Raises ConfigError where `path` holds one of other settings, DataError."""
         self.rows: dict[str, Row] = {}
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
+        try:
+            self._read(settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        """Take in what is there, cut off what is torn, and begin the file where nothing is left."""
         self._file.seek(0)
-        lines = self._file.readlines()
         kept = 0
-        for number, line in enumerate(lines):
+        for number, line in enumerate(self._file):
             try:
                 if not line.endswith(b"\n"):
                     break
@@ -45,31 +58,29 @@ class Journal:
             self._append(json.dumps({"settings": settings}, sort_keys=True))
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Append a finished block; it is on disk when this returns."""
+        """Append a finished block; it is on disk when this returns. Raises DataError."""
         self._append(f'{{"rows": [{", ".join(map(row_to_json, rows))}]}}')
         self._remember(rows)
 
-    def close(self) -> None:
-        """Close the file; the journal stays."""
-        self._file.close()
-
     def delete(self) -> None:
         """Remove the journal: the work is done and saved elsewhere."""
-        self.close()
+        self._file.close()
         self._path.unlink()
 
     def _remember(self, rows: Iterable[Row]) -> None:
         self.rows |= {row.id: row for row in rows}
 
     def _append(self, line: str) -> None:
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(f"{line}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"{self._path.name}: cannot be written: {error.strerror or error}") from None
 
     def _require_same(self, found: Any, wanted: dict[str, Any]) -> None:
         if found == wanted:
             return
-        self._file.close()
         old = found if isinstance(found, dict) else {}
         changed = sorted(key for key in old.keys() | wanted.keys() if old.get(key) != wanted.get(key))
         raise ConfigError(

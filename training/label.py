@@ -194,22 +194,26 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.data.name}: no rows to label")
     _require_no_strangers(args.logits, journal_path)
     settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": _sha256(args.data)}
-    journal = Journal(journal_path, settings)
-    if journal.rows:
-        log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
-    teacher, tokenizer = _make_teacher(config, args)
-    reranker = CrossEncoder(config.reranker, device=args.device) if config.reranker else None
-    labelled = label_rows(
-        rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
-    )
+    with Journal(journal_path, settings) as journal:
+        if journal.rows:
+            log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
+        teacher, tokenizer = _make_teacher(config, args)
+        reranker = CrossEncoder(config.reranker, device=args.device) if config.reranker else None
+        labelled = label_rows(
+            rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
+        )
+        _write(args.out, labelled)
+        journal.delete()
+
+
+def _write(path: Path, labelled: Sequence[Row]) -> None:
+    """Write the rows that have something to learn from."""
     targets = [row for row in labelled if row.answers or row.teacher_answer]
     if len(targets) < len(labelled):
         log.warning("%d rows have neither a gold nor a teacher's answer: left out", len(labelled) - len(targets))
-    write_rows(args.out, targets)
-    journal.delete()
-    log.info(
-        "%s: %d rows, %d with a teacher's answer", args.out, len(targets), sum(bool(r.teacher_answer) for r in targets)
-    )
+    write_rows(path, targets)
+    answered = sum(row.teacher_answer is not None for row in targets)
+    log.info("%s: %d rows, %d with a teacher's answer", path, len(targets), answered)
 
 
 def _make_teacher(config: LabelConfig, args: argparse.Namespace) -> tuple[Teacher | None, str]:

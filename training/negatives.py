@@ -54,14 +54,13 @@ def _tokenise(texts: Sequence[str]) -> list[list[str]]:
 
 
 class Collection:
-    """Distinct passages that negatives are taken from, with their normalised words at hand."""
+    """Distinct passages that negatives are taken from."""
 
     def __init__(self, passages: Sequence[RowPassage]) -> None:
         distinct = {passage.content: passage for passage in passages}
         self.passages = tuple(distinct.values())
         self.texts = tuple(distinct)
         self._number = {text: index for index, text in enumerate(self.texts)}
-        self._words: dict[int, str] = {}
 
     def number_of(self, passage: RowPassage) -> int | None:
         """Where `passage` stands in the collection."""
@@ -69,9 +68,7 @@ class Collection:
 
     def contains(self, index: int, answers: Sequence[str]) -> bool:
         """Whether passage `index` contains one of `answers`, which went through `answer_words`."""
-        if index not in self._words:
-            self._words[index] = words(self.texts[index])
-        return contains(self._words[index], answers)
+        return contains(words(self.texts[index]), answers)
 
 
 def ranked(scores: Scores) -> Iterator[int]:

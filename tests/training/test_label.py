@@ -1,6 +1,8 @@
 """Labelling with real tiny models: answers, logits, relevance; killed anywhere, nothing is lost or doubled."""
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,8 +88,7 @@ def text_prompt(generator: Generator, row: Row, system: str = PromptConfig().sys
 
 
 def label(folder: Path, teacher: CountingTeacher, *, logits: bool = True, block: int = 2) -> list[Row]:
-    journal = Journal(folder / "journal", {"teacher": "tiny"})
-    try:
+    with Journal(folder / "journal", {"teacher": "tiny"}) as journal:
         return label_rows(
             ROWS,
             LabelConfig(teacher="tiny"),
@@ -98,8 +99,6 @@ def label(folder: Path, teacher: CountingTeacher, *, logits: bool = True, block:
             logits=folder / "logits" if logits else None,
             tokenizer="t",
         )
-    finally:
-        journal.close()
 
 
 def test_a_local_teacher_reads_the_passages_as_text_and_answers_greedily(
@@ -189,6 +188,25 @@ def test_a_kill_between_shard_and_journal_makes_that_block_again(
     assert_same_logits(tmp_path / "whole" / "logits", tmp_path / "parts" / "logits")
 
 
+def test_a_full_disk_is_told_and_work_goes_on_once_there_is_room(
+    chat_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "labelled.jsonl"
+    write_rows(data, ROWS)
+    arguments = ["label", "--data", str(data), "--endpoint", chat_server, "--teacher", "any", "--out", str(out)]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert main(arguments) == 1
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(arguments) == 0
+    assert [row.id for row in read_rows(out)[0]] == [row.id for row in ROWS]
+
+
 def test_the_command_labels_scores_and_leaves_no_journal(
     tiny_llama: Path, reranker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +231,8 @@ def test_the_command_labels_scores_and_leaves_no_journal(
 def test_other_settings_never_go_on_from_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "rows.jsonl", tmp_path / "labelled.jsonl"
     write_rows(data, ROWS)
-    Journal(out.with_name("labelled.jsonl.journal"), {"teacher": "another"}).close()
+    with Journal(out.with_name("labelled.jsonl.journal"), {"teacher": "another"}):
+        pass
     assert main(["label", "--data", str(data), "--teacher", "x", "--endpoint", "http://x/v1", "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert "was begun with other settings" in error
@@ -234,15 +253,14 @@ def test_without_a_teacher_gold_answers_stay_and_relevance_is_scored(reranker: P
 def test_a_teachers_answer_is_kept_unless_it_is_to_be_made_again(generator: Generator, tmp_path: Path) -> None:
     teacher = CountingTeacher(generator)
     rows = [row(0, teacher_answer="kept"), row(1)]
-    journal = Journal(tmp_path / "journal", {})
-    first, second = label_rows(rows, LabelConfig(teacher="t"), teacher, None, journal)
+    with Journal(tmp_path / "journal", {}) as journal:
+        first, second = label_rows(rows, LabelConfig(teacher="t"), teacher, None, journal)
     assert first.teacher_answer == "kept"
     assert second.teacher_answer not in (None, "")
     assert teacher.asked == ["r1"]
-    again = Journal(tmp_path / "again", {})
-    assert label_rows(rows, LabelConfig(teacher="t", relabel=True), teacher, None, again)[0].teacher_answer != "kept"
-    journal.close()
-    again.close()
+    with Journal(tmp_path / "again", {}) as journal:
+        relabelled = label_rows(rows, LabelConfig(teacher="t", relabel=True), teacher, None, journal)
+    assert relabelled[0].teacher_answer != "kept"
 
 
 def test_a_prompt_without_room_for_an_answer_keeps_its_gold_answer(
@@ -250,9 +268,8 @@ def test_a_prompt_without_room_for_an_answer_keeps_its_gold_answer(
 ) -> None:
     monkeypatch.setattr(generator, "max_tokens", 300)
     rows = [row(0), row(1, passages=(RowPassage("word " * 400),))]
-    journal = Journal(tmp_path / "journal", {})
-    labelled = label_rows(rows, LabelConfig(teacher="t"), CountingTeacher(generator), None, journal)
-    journal.close()
+    with Journal(tmp_path / "journal", {}) as journal:
+        labelled = label_rows(rows, LabelConfig(teacher="t"), CountingTeacher(generator), None, journal)
     assert labelled[0].teacher_answer
     assert (labelled[1].teacher_answer, labelled[1].target) == (None, "the Alps")
     assert "1 rows: the teacher said nothing" in caplog.text
