@@ -13,7 +13,6 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from core.errors import ScaledownError
-from service.app import create_app
 from service.logs import configure_logging
 from service.settings import PREFIX, Settings, check_environment
 
@@ -101,6 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(error.message, file=sys.stderr)
         return 2
     configure_logging(settings.log_level)
+    # Late: these import torch, and --help should not take seconds.
+    from transformers.utils.logging import disable_progress_bar
+
+    from service.app import create_app
+
+    disable_progress_bar()  # every line of the log is JSON
     app = create_app(settings)
     config = uvicorn.Config(
         app,

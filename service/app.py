@@ -44,7 +44,7 @@ def create_app(
         checkpoints = app.state.checkpoints = Checkpoints(engine, settings)
         tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
         try:
-            await checkpoints.start(model)
+            await _start(checkpoints, model)
             if settings.watch_seconds:
                 tasks.append(asyncio.create_task(checkpoints.watch()))
             yield
@@ -72,6 +72,14 @@ def create_app(
     paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(RequestContext, metrics=metrics, paths=paths)
     return app
+
+
+async def _start(checkpoints: Checkpoints, model: Model | None) -> None:
+    try:
+        await checkpoints.start(model)
+    except ScaledownError as error:
+        log.critical("the service cannot start", extra={"reason": error.message})
+        raise
 
 
 def _exit() -> None:

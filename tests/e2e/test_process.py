@@ -1,0 +1,141 @@
+"""The service as operators run it: a process of its own, real sockets, real signals."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from core.checkpoint import save_checkpoint
+from core.config import CompressorConfig, Config, GeneratorConfig
+from core.model import build_model
+from service.checkpoints import version_of
+
+BODY: dict[str, Any] = {
+    "query": "Who discovered polonium?",
+    "passages": ["Marie Curie discovered polonium and radium. " * 5, "Bread is made of flour and water."],
+    "max_new_tokens": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    config = Config(
+        compressor=CompressorConfig(n_layers=1, chunk_tokens=64), generator=GeneratorConfig(base_model=str(tiny_llama))
+    )
+    for seed, name in enumerate(("first", "second")):
+        save_checkpoint(build_model(config, seed=seed), folder / name)
+    return folder
+
+
+@contextlib.contextmanager
+def running(checkpoint: Path, **values: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, list[str]]]:
+    """A process that serves `checkpoint`, a client of it, and its log so far."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SCALEDOWN_")}
+    own = {f"SCALEDOWN_{name.upper()}": value for name, value in values.items()}
+    environment = {**inherited, **own, "SCALEDOWN_CHECKPOINT": str(checkpoint), "SCALEDOWN_PORT": str(port)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            end = time.monotonic() + 60
+            while True:
+                assert process.poll() is None, "".join(log)
+                assert time.monotonic() < end, "".join(log)
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield process, client, log
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(10)
+        if process.stderr:
+            process.stderr.close()
+
+
+def test_swap_and_shutdown_under_load_lose_nothing_that_was_admitted(root: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(root / "first")
+    with running(link) as (process, client, log):
+        answers = {version_of(root / "first"): client.post("/answer", json=BODY).json()["answer"]}
+        link.unlink()
+        link.symlink_to(root / "second")
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while client.get("/readyz").json()["checkpoint"] != version_of(root / "second"):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        answers[version_of(root / "second")] = client.post("/answer", json=BODY).json()["answer"]
+
+        with ThreadPoolExecutor(24) as pool:
+            asked = [pool.submit(_ask, f"{client.base_url}/answer") for _ in range(24)]
+            while "scaledown_requests_in_flight 0.0" in client.get("/metrics").text:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            responses = [response for future in asked if (response := future.result())]
+        assert process.wait(timeout=30) == 0
+    for response in responses:
+        if response.status_code == 200:
+            assert response.json()["answer"] == answers[response.json()["checkpoint"]]
+        else:
+            assert response.json()["error"]["code"] == "stopping"
+    # Every request that reached the service got, at its client, the status that the service logged for it.
+    lines = [json.loads(line) for line in log]
+    logged = Counter(line["status"] for line in lines if line.get("route") == "/answer")
+    assert logged == Counter(response.status_code for response in responses) + Counter({200: 2})
+    assert logged[200] > 2
+
+
+def _ask(url: str) -> httpx.Response | None:
+    """The response on a connection of its own, or None where the closed socket never took the request."""
+    try:
+        return httpx.post(url, json=BODY, timeout=30, trust_env=False)
+    except httpx.TransportError:
+        return None
+
+
+def test_sigterm_ends_what_cannot_finish_with_a_clear_error(root: Path) -> None:
+    with running(root / "first", drain_seconds="0.2") as (process, client, _):
+        with client.stream("POST", "/answer", json={**BODY, "max_new_tokens": 512, "stream": True}) as response:
+            chunks = response.iter_text()
+            next(chunks)
+            process.send_signal(signal.SIGTERM)
+            text = "".join(chunks)
+        assert process.wait(timeout=30) == 0
+    # A fast machine may have finished the answer within the limit.
+    assert re.search(r'event: (error\ndata: .*"code": "stopping"|done)', text)
+
+
+def test_a_broken_checkpoint_ends_the_start_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-m", "service", "--checkpoint", str(tmp_path / "empty"), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "manifest.json is missing" in result.stderr
