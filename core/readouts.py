@@ -87,7 +87,9 @@ class PointerReadout(nn.Module):
         slots = take(hidden, batch.memory_positions)  # (B, L, d_compressor)
         queries = self.query(slots[:, :: self.window])  # (B, W, d_compressor)
         keys = self.key(take(hidden, batch.chunk_positions))  # (B, G, d_compressor)
-        logits = (queries @ keys.transpose(1, 2)).float() / keys.shape[-1] ** 0.5  # (B, W, G)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # In float32 whatever the rest runs in: a sharp pointer's logits are large and close to each other.
+            logits = queries.float() @ keys.float().transpose(1, 2) / keys.shape[-1] ** 0.5  # (B, W, G)
         logits = logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf"))
         weights = self.spread(logits.softmax(-1))[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
