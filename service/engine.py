@@ -21,6 +21,7 @@ from service.errors import DeadlineError, NotReadyError, StoppingError
 from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent, Outbox
 from service.lane import Lane
 from service.limits import AnyRequest, check_limits, check_prompt, check_tokens, estimated_tokens
+from service.logs import current_request_id
 from service.metrics import Metrics
 from service.preparation import Prepared, prepare_request
 from service.schemas import AnswerRequest, CompressRequest
@@ -170,6 +171,7 @@ class Session:
         outbox, queue = self.engine.outbox, self.queue
         self._queued = time.perf_counter()
         self._job = Job(
+            request_id=current_request_id(),
             request=prepared.request,
             rows=prepared.rows,
             places=prepared.places,
@@ -256,4 +258,4 @@ def answer_plan(body: AnswerRequest) -> AnswerPlan:
         seed=body.seed,
         stop=tuple(body.stop),
     )
-    return AnswerPlan(body.mode, body.hybrid_top, options)
+    return AnswerPlan(body.mode, body.stream, body.hybrid_top, options)

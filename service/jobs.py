@@ -15,9 +15,10 @@ from core.sampling import GenerationOptions
 
 @dataclass(frozen=True, slots=True)
 class AnswerPlan:
-    """What `/answer` asks for beyond compression."""
+    """What `/answer` asks for beyond compression; only a stream gets its answer in pieces."""
 
     mode: Mode
+    stream: bool
     hybrid_top: int | None
     options: GenerationOptions
 
@@ -67,6 +68,7 @@ class Job:
     marks           when each stage ended (`time.perf_counter()`)
     """
 
+    request_id: str | None
     request: PreparedRequest
     rows: list[ChunkRow]
     places: list[int]

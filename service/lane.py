@@ -36,6 +36,11 @@ class Waiting:
     plan: AnswerPlan
     prompt: Prompt
 
+    @property
+    def room(self) -> int:
+        """Positions that the prompt and its longest answer take."""
+        return self.prompt.tokens + self.plan.options.max_new_tokens
+
 
 @dataclass(eq=False, slots=True)
 class Running:
@@ -59,6 +64,7 @@ class Lane:
         self._ready: deque[Waiting] = deque()
         self._running: dict[Sequence, Running] = {}
         self._decoder: DecodeBatch | None = None
+        self._widest = 0  # positions of the longest sequence the decoder has had: all its slots are as long
 
     @property
     def jobs(self) -> int:
@@ -79,12 +85,20 @@ class Lane:
         """Stop work on a job and free its slot; its caller has left, so no event follows."""
         if job in self._jobs:
             self._drop(job)
+            self._rest()
 
     def advance(self) -> bool:
         """One compression batch, one group of prompts, one token for every running answer. False: nothing to do."""
         compressed = self._compress_next()
         joined = self._join()
-        return self._step() or joined or compressed
+        stepped = self._step()
+        self._rest()
+        return stepped or joined or compressed
+
+    def _rest(self) -> None:
+        """One long prompt makes every slot long: when nothing is running, that memory is given back."""
+        if not self._running:
+            self._decoder, self._widest = None, 0
 
     def _compress_next(self) -> bool:
         batch = self._rows.take(self._settings.batch_tokens)
@@ -101,7 +115,7 @@ class Lane:
         try:
             chunks = compress_rows(self.model, [picked.item[1] for picked in batch]) if batch else []
         except Exception as error:
-            failure: Exception = error.with_traceback(None)
+            failure = error if len(batch) == 1 else error.with_traceback(None)
         else:
             for picked, chunk in zip(batch, chunks, strict=True):
                 picked.job.results[picked.item[0]] = chunk
@@ -109,9 +123,9 @@ class Lane:
                 if not picked.job.outstanding:
                     self._gather(picked.job)
             return
-        # Outside the handler: its traceback would keep the failed batch's tensors alive.
+        # Outside the handler, and without its traceback: both would keep the failed batch's tensors alive.
         if len(batch) == 1:
-            self._fail(batch[0].job, _shown(failure))
+            self._fail(batch[0].job, _shown(failure, batch[0].job))
             return
         log.warning("a batch failed and is halved", extra={"rows": len(batch), "error": type(failure).__name__})
         self._metrics.split_batches.inc()
@@ -132,7 +146,7 @@ class Lane:
             prompt = build_prompt(self.model, job.request, passages, modes)
             check_prompt(prompt.tokens, job.plan.options.max_new_tokens, self.model)
         except Exception as error:
-            self._fail(job, _shown(error))
+            self._fail(job, _shown(error, job))
             return
         job.emit(Compressed(passages, modes, prompt.tokens))
         self._ready.append(Waiting(job, job.plan, prompt))
@@ -141,17 +155,21 @@ class Lane:
         """Prompts that have a slot and fit the prefill budget join the running batch, first come, first served."""
         group: list[Waiting] = []
         width = 0
-        while self._ready and len(group) < self._free_slots():
+        while self._ready and self._has_room(self._ready[0], len(self._running) + len(group)):
             width = max(width, self._ready[0].prompt.tokens)
             if group and width * (len(group) + 1) > self._settings.prefill_tokens:
                 break
+            self._widest = max(self._widest, self._ready[0].room)
             group.append(self._ready.popleft())
         if group:
             self._prefill(group)
         return bool(group)
 
-    def _free_slots(self) -> int:
-        return self._decoder.free_slots if self._decoder else self._settings.max_sequences
+    def _has_room(self, waiting: Waiting, running: int) -> bool:
+        """Whether one more sequence fits beside `running` others; one alone always does."""
+        widest = max(self._widest, waiting.room)
+        fits = (running + 1) * widest <= self._settings.kv_tokens
+        return running < self._settings.max_sequences and (fits or not running)
 
     def _prefill(self, group: list[Waiting]) -> None:
         if self._decoder is None:
@@ -161,13 +179,13 @@ class Lane:
         try:
             sequences = self._decoder.add([w.prompt for w in group], [w.plan.options for w in group])
         except Exception as error:
-            failure: Exception = error.with_traceback(None)
+            failure = error if len(group) == 1 else error.with_traceback(None)
         else:
             for waiting, sequence in zip(group, sequences, strict=True):
                 self._running[sequence] = Running(waiting.job, sequence)
             return
         if len(group) == 1:
-            self._fail(group[0].job, _shown(failure))
+            self._fail(group[0].job, _shown(failure, group[0].job))
             return
         log.warning("a prefill failed and is halved", extra={"prompts": len(group), "error": type(failure).__name__})
         self._metrics.split_batches.inc()
@@ -182,7 +200,7 @@ class Lane:
         try:
             events = self._decoder.step()
         except Exception as error:
-            failure: Exception = error.with_traceback(None)
+            failure = error
         else:
             for event in events:
                 self._token(self._running[event.sequence], event.text, event.finish_reason)
@@ -190,7 +208,7 @@ class Lane:
         # The batch stands as it did before the step. Without memory the largest leaves and the others go on.
         running = sorted(self._running.values(), key=lambda each: -each.sequence.tokens)
         for each in running[:1] if _out_of_memory(failure) else running:
-            self._fail(each.job, _shown(failure))
+            self._fail(each.job, _shown(failure, each.job))
         _free_memory()
         return True
 
@@ -200,7 +218,8 @@ class Lane:
         running.tokens += 1
         if text:
             running.text.append(text)
-            job.emit(Delta(text))
+            if job.plan is not None and job.plan.stream:
+                job.emit(Delta(text))
         if finish_reason is not None:
             del self._running[running.sequence]
             job.mark("decode")
@@ -238,13 +257,13 @@ def _modes(model: Model, job: Job, passages: list[CompressedPassage], plan: Answ
     return modes
 
 
-def _shown(error: Exception) -> ScaledownError:
+def _shown(error: Exception, job: Job) -> ScaledownError:
     """What the caller is told about a failure; anything that is not ours goes to the log only."""
     if isinstance(error, ScaledownError):
         return error
     if _out_of_memory(error):
         return OverloadedError("there is not enough memory for this request: send fewer or shorter passages", 30)
-    log.error("the engine failed", exc_info=error)
+    log.error("the engine failed", exc_info=error, extra={"request_id": job.request_id})
     return EngineError("the engine failed")
 
 

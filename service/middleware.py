@@ -75,6 +75,8 @@ class RequestContext:
         self.metrics.request_seconds.labels(route).observe(seconds)
         quiet = route in ("/livez", "/readyz", "/metrics")
         extra = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}
+        if "checkpoint" in scope.get("state", {}):
+            extra["checkpoint"] = scope["state"]["checkpoint"]
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=extra)
 
 

@@ -12,6 +12,7 @@ from core.errors import CancelledError
 from service.engine import Engine, Session
 from service.errors import ErrorResponse
 from service.jobs import Compressed
+from service.limits import AnyRequest
 from service.responses import answer_response, compress_response, record_response, rerank_response
 from service.schemas import (
     AnswerRequest,
@@ -62,7 +63,7 @@ ThisEngine = Annotated[Engine, Depends(engine_of)]
 @router.post("/compress", response_model=CompressResponse)
 async def compress(body: CompressRequest, request: Request, engine: ThisEngine) -> Response:
     """Compress passages for a query into memory embeddings."""
-    with await engine.open(body) as session:
+    with await _open(request, engine, body) as session:
         compressed = await _unless_disconnected(request, session.compressed)
         await session.finished()
         # Encoding and rendering megabytes of numbers would hold up every other request.
@@ -74,7 +75,7 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
 @router.post("/rerank", response_model=RerankResponse)
 async def rerank(body: RerankRequest, request: Request, engine: ThisEngine) -> Response:
     """Score passages for a query, best first."""
-    with await engine.open(body) as session:
+    with await _open(request, engine, body) as session:
         compressed = await _unless_disconnected(request, session.compressed)
         await session.finished()
         return _json(session, compressed, rerank_response(session, compressed.passages, body.top_n))
@@ -83,7 +84,7 @@ async def rerank(body: RerankRequest, request: Request, engine: ThisEngine) -> R
 @router.post("/answer", response_model=AnswerResponse, responses=STREAM)
 async def answer(body: AnswerRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer a query from its passages, in one piece or as a stream of events."""
-    session, stays_open = await engine.open(body), False
+    session, stays_open = await _open(request, engine, body), False
     try:
         compressed = await _unless_disconnected(request, session.compressed)
         if body.stream:
@@ -94,6 +95,12 @@ async def answer(body: AnswerRequest, request: Request, engine: ThisEngine) -> R
     finally:
         if not stays_open:
             session.close()
+
+
+async def _open(request: Request, engine: Engine, body: AnyRequest) -> Session:
+    session = await engine.open(body)
+    request.state.checkpoint = session.version.model.name  # for the log line
+    return session
 
 
 async def _unless_disconnected(request: Request, wait: Callable[[], Awaitable[T]]) -> T:

@@ -28,6 +28,7 @@ Text = Annotated[str, AfterValidator(_check_text)]
 FilledText = Annotated[Text, AfterValidator(_check_not_empty)]
 Identifier = Annotated[Text, Field(max_length=256)]
 Finite = Field(allow_inf_nan=False)
+PassageField = Literal["title", "text"]
 QUERY = "What does the Curie temperature of a ferromagnet mark?"
 TEXT = "Above its Curie temperature a ferromagnet loses its permanent magnetism. For iron this is 1043 K."
 
@@ -108,6 +109,8 @@ AnswerPassages = Annotated[
 Timeout = Annotated[float, Field(gt=0, allow_inf_nan=False, description="deadline of this request in seconds")]
 Rate = Annotated[int, Field(ge=1, description="compression rate: one of the checkpoint's; unset: its first")]
 
+Explain = Annotated[bool, Field(description="also say which words each memory embedding came from")]
+
 
 class CompressRequest(Strict):
     """A query and the passages to compress for it."""
@@ -120,6 +123,7 @@ class CompressRequest(Strict):
     store: bool = Field(
         default=False, description="also keep the embeddings here and return an embedding_id for each passage"
     )
+    explain: Explain = False
     timeout: Timeout | None = None
 
 
@@ -151,7 +155,25 @@ class AnswerRequest(Strict):
         default=[], description="the answer ends before the first of these"
     )
     stream: bool = Field(default=False, description="server-sent events: passages, token..., done")
+    explain: Explain = False
     timeout: Timeout | None = None
+
+
+class EvidenceSpan(BaseModel):
+    """Words an embedding came from: code points `start` to `end` of the passage's title or text."""
+
+    field: PassageField
+    start: int = Field(examples=[10])
+    end: int = Field(examples=[27])
+    weight: float = Field(description="share of the embedding's attention, 0..1", examples=[0.82])
+
+
+Evidence = list[list[EvidenceSpan]]
+EVIDENCE: Any = Field(
+    default=None,
+    description="with explain: for each memory embedding, the heaviest spans it came from; null where there are no such"
+    " embeddings: shown as text, sent as embeddings, or made by a readout without attention",
+)
 
 
 class ChunkOut(BaseModel):
@@ -176,6 +198,7 @@ class CompressedPassageOut(BaseModel):
     chunks: list[ChunkOut]
     embeddings: Embeddings
     embedding_id: str | None
+    evidence: Evidence | None = EVIDENCE
 
 
 class CompressUsage(BaseModel):
@@ -221,6 +244,7 @@ class AnsweredPassage(BaseModel):
     id: str | None
     relevance: float
     mode: Literal["compressed", "text"]
+    evidence: Evidence | None = EVIDENCE
 
 
 class Usage(BaseModel):

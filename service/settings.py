@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     )
     prefill_tokens: Count = Field(default=8192, description="prompt tokens that join the running decode batch at once")
     max_sequences: Count = Field(default=16, description="answers generated at one time")
+    kv_tokens: Count = Field(
+        default=65_536, description="positions of all running answers, each counted as long as the longest"
+    )
     tokenizer_threads: Count = Field(default=2, description="threads that tokenise requests")
     store_bytes: int = Field(
         default=256 * 2**20, ge=0, description="memory for embeddings kept by embedding_id; 0: none kept"

@@ -22,6 +22,7 @@ import pytest
 from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
+from service import demo
 from service.checkpoints import version_of
 
 BODY: dict[str, Any] = {
@@ -126,6 +127,16 @@ def test_sigterm_ends_what_cannot_finish_with_a_clear_error(root: Path) -> None:
         assert process.wait(timeout=30) == 0
     # A fast machine may have finished the answer within the limit.
     assert re.search(r'event: (error\ndata: .*"code": "stopping"|done)', text)
+
+
+def test_the_demo_shows_all_modes_and_stops(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCALEDOWN_CHECKPOINT", str(root / "first"))
+    assert demo.main() == 0
+    shown = capsys.readouterr().out
+    for text in ("It is untrained", "--- text ---", "--- hybrid ---", "--- compressed ---", "saved", "exit code 0"):
+        assert text in shown
 
 
 def test_a_broken_checkpoint_ends_the_start_with_the_reason(tmp_path: Path) -> None:

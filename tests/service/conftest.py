@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig, RelevanceConfig
 from core.model import Model, build_model
 from service.app import create_app
@@ -33,6 +34,19 @@ def model(tiny_llama: Path) -> Model:
         relevance=RelevanceConfig(threshold=0.5),
     )
     return build_model(config, seed=7)
+
+
+@pytest.fixture(scope="session")
+def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints that answer differently."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(("first", "second")):
+        config = Config(
+            compressor=CompressorConfig(n_layers=1 + seed, chunk_tokens=64),
+            generator=GeneratorConfig(base_model=str(tiny_llama)),
+        )
+        save_checkpoint(build_model(config, seed=seed), folder / name)
+    return folder
 
 
 @contextlib.contextmanager

@@ -14,9 +14,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from core.checkpoint import load_checkpoint, save_checkpoint
-from core.config import CompressorConfig, Config, GeneratorConfig
-from core.model import build_model
+from core.checkpoint import load_checkpoint
 from service.app import create_app
 from service.checkpoints import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error
@@ -24,19 +22,6 @@ from tests.service.conftest import make_settings, serve_app
 
 KEY = "admin-0123456789abcdef"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
-
-
-@pytest.fixture(scope="session")
-def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two checkpoints that answer differently."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for seed, name in enumerate(("first", "second")):
-        config = Config(
-            compressor=CompressorConfig(n_layers=1 + seed, chunk_tokens=64),
-            generator=GeneratorConfig(base_model=str(tiny_llama)),
-        )
-        save_checkpoint(build_model(config, seed=seed), folder / name)
-    return folder
 
 
 @contextlib.contextmanager

@@ -1,0 +1,168 @@
+"""`python -m service.bench`: load a running service, and say what it delivers.
+
+Every client sends its next request as soon as it has the answer to the last one. What is reported: answers a second,
+latency and time to first token at p50, p95 and p99, and refusals. With `--direct` the same requests also go to the
+pipeline in this process, in one batch at a time without HTTP, and the ratio of the two is the cost of serving.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TOPICS = ("tides", "bread", "radium", "glass", "whales", "coffee", "bridges", "printing", "copper", "tea")
+SENTENCE = "The history of {topic} is long, and in the year {year} it was described by {count} travellers in detail."
+
+
+@dataclass
+class Outcome:
+    """What the clients saw; times in seconds."""
+
+    latencies: list[float] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    completion_tokens: int = 0
+    refused: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the load; the exit status is 1 if any request failed other than by being refused."""
+    options = build_parser().parse_args(arguments)
+    bodies = [make_body(number, options) for number in range(options.requests)]
+    outcome = asyncio.run(run_load(options.url, options.key, bodies, options.clients))
+    show(outcome, options.clients)
+    if options.direct is not None:
+        compare(bodies, outcome, options.direct, options.clients)
+    return 1 if outcome.failed else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m service.bench", description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is (default: %(default)s)")
+    parser.add_argument("--key", default="", help="API key, if the service asks for one")
+    parser.add_argument("--clients", type=int, default=8, help="clients at one time (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=64, help="requests in all (default: %(default)s)")
+    parser.add_argument("--passages", type=int, default=5, help="passages in a request (default: %(default)s)")
+    parser.add_argument("--sentences", type=int, default=8, help="sentences in a passage (default: %(default)s)")
+    parser.add_argument("--mode", choices=("compressed", "hybrid", "text"), default="compressed")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--direct", type=Path, metavar="CHECKPOINT", help="also run this checkpoint here; give the one that is served"
+    )
+    return parser
+
+
+def make_body(number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The body of one request; no two are equal."""
+    passages = [
+        " ".join(
+            SENTENCE.format(topic=TOPICS[(number + i) % len(TOPICS)], year=1500 + number + s, count=2 + i + s)
+            for s in range(options.sentences)
+        )
+        for i in range(options.passages)
+    ]
+    query = f"Who described {TOPICS[number % len(TOPICS)]} in {1500 + number}?"
+    values = {"mode": options.mode, "max_new_tokens": options.max_new_tokens, "stream": True}
+    return {"query": query, "passages": passages, **values}
+
+
+async def run_load(url: str, key: str, bodies: list[dict[str, Any]], clients: int) -> Outcome:
+    """Send all bodies, `clients` at a time."""
+    outcome, waiting = Outcome(), list(reversed(bodies))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False
+    ) as connection:
+
+        async def client() -> None:
+            while waiting:
+                await ask(connection, waiting.pop(), outcome)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+async def ask(connection: httpx.AsyncClient, body: dict[str, Any], outcome: Outcome) -> None:
+    """One request as a stream, until it is answered; a refusal is counted and tried again."""
+    while True:
+        began, first = time.perf_counter(), None
+        async with connection.stream("POST", "/answer", json=body) as response:
+            if response.status_code in (429, 503):
+                outcome.refused += 1
+                await asyncio.sleep(min(1.0, float(response.headers.get("retry-after", 1))))
+                continue
+            done = None
+            name = ""
+            async for line in response.aiter_lines():
+                if line.startswith("event: "):
+                    name = line.removeprefix("event: ")
+                    first = first or (time.perf_counter() if name == "token" else None)
+                elif line.startswith("data: ") and name == "done":
+                    done = json.loads(line.removeprefix("data: "))
+        ended = time.perf_counter()
+        if done is None:
+            outcome.failed += 1
+            return
+        outcome.latencies.append(ended - began)
+        outcome.first_tokens.append((first or ended) - began)
+        outcome.completion_tokens += done["usage"]["completion_tokens"]
+        return
+
+
+def show(outcome: Outcome, clients: int) -> None:
+    """Print what the clients saw."""
+    served = len(outcome.latencies)
+    print(f"{served} answers by {clients} clients in {outcome.seconds:.1f} s; ", end="")
+    print(f"{outcome.refused} refused for a while, {outcome.failed} failed")
+    if served < 2:
+        return
+    tokens = outcome.completion_tokens / outcome.seconds
+    print(f"throughput           {served / outcome.seconds:8.2f} answers/s  {tokens:8.1f} tokens/s")
+    for name, values in (("latency", outcome.latencies), ("time to first token", outcome.first_tokens)):
+        points = statistics.quantiles(values, n=100, method="inclusive")
+        p50, p95, p99 = (1000 * points[percent - 1] for percent in (50, 95, 99))
+        print(f"{name:<20} p50 {p50:8.0f} ms  p95 {p95:8.0f} ms  p99 {p99:8.0f} ms")
+
+
+def compare(bodies: list[dict[str, Any]], outcome: Outcome, folder: Path, batch: int) -> None:
+    """Run the same requests through the pipeline here and print the ratio."""
+    seconds = run_directly(bodies, folder, batch)
+    print(f"without HTTP         {len(bodies) / seconds:8.2f} answers/s, in batches of {batch}")
+    print(f"service / direct     {seconds / outcome.seconds:8.2f}")
+
+
+def run_directly(bodies: list[dict[str, Any]], folder: Path, batch: int) -> float:
+    """Seconds that the pipeline takes for the bodies: compress a batch, then generate it."""
+    from core.checkpoint import load_checkpoint  # late: torch takes seconds to import, and most runs do not need it
+    from core.decoding import generate
+    from core.passages import Passage
+    from core.pipeline import build_prompt, choose_modes, compress, prepare
+    from core.sampling import GenerationOptions
+
+    model = load_checkpoint(folder)
+    began = time.perf_counter()
+    for start in range(0, len(bodies), batch):
+        group = bodies[start : start + batch]
+        requests = [prepare(model, body["query"], [Passage(text) for text in body["passages"]]) for body in group]
+        prompts = [
+            build_prompt(model, request, passages, choose_modes(model, passages, body["mode"]))
+            for body, request, passages in zip(group, requests, compress(model, requests), strict=True)
+        ]
+        generate(model.generator, prompts, [GenerationOptions(max_new_tokens=body["max_new_tokens"]) for body in group])
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    sys.exit(main())

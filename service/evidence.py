@@ -1,0 +1,93 @@
+"""Where memory embeddings came from: attention over a chunk's tokens as character spans of the caller's own fields.
+
+Knows no HTTP. It waits for tensors and walks over tokens: call it off the event loop.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.passages import Chunk, Passage
+from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
+from service.schemas import Evidence, EvidenceSpan, PassageField
+
+# A token with less than this share of the embedding's strongest token is background and belongs to no span.
+BACKGROUND = 0.1
+MIN_WEIGHT = 0.05
+MAX_SPANS = 4
+PRECISION = 10_000
+
+Piece = tuple[PassageField, int, int]
+
+
+def passages_evidence(
+    request: PreparedRequest, compressed: Sequence[CompressedPassage]
+) -> dict[int, Evidence | None]:
+    """By passage index, for each of its memory embeddings in order, the spans it was read from, heaviest first.
+
+    An embedding has at most `MAX_SPANS` spans of at least `MIN_WEIGHT`, and their weights sum to at most 1. None for a
+    passage whose embeddings have no attention: those of the memory readout, and those that the caller gave back.
+    """
+    chunks: list[list[Chunk]] = [[] for _ in request.passages]
+    for chunk in request.chunks:
+        chunks[chunk.passage].append(chunk)
+    return {p.index: _passage_evidence(request.passages[p.index], chunks[p.index], p.chunks) for p in compressed}
+
+
+def _passage_evidence(
+    passage: Passage, chunks: Sequence[Chunk], compressed: Sequence[CompressedChunk]
+) -> Evidence | None:
+    evidence: Evidence = []
+    for chunk, result in zip(chunks, compressed, strict=True):
+        if result.weights is None:
+            return None
+        pieces = [_piece(passage, start, end) for start, end in chunk.generator_spans]
+        rows = result.weights.float().cpu().numpy()  # (l, tokens)
+        evidence += [_embedding_evidence(passage, pieces, row) for row in rows]
+    return evidence
+
+
+def _piece(passage: Passage, start: int, end: int) -> Piece | None:
+    """A token's span in `Passage.content` as one in its field; None for the line break between title and text."""
+    offset = len(passage.content) - len(passage.text)  # of the text
+    in_title, in_text = len(passage.title) - start, end - offset
+    if in_title <= 0 and in_text <= 0:
+        return None
+    # A token that holds the line break and something of either side goes where more of it is.
+    if in_title > in_text:
+        return "title", start, min(end, len(passage.title))
+    return "text", max(start - offset, 0), in_text
+
+
+def _embedding_evidence(
+    passage: Passage, pieces: Sequence[Piece | None], weights: NDArray[np.float32]
+) -> list[EvidenceSpan]:
+    """`weights` (tokens,) as spans: a run of neighbouring tokens of one field is one span."""
+    runs: list[list[int]] = []
+    fields: list[PassageField] = []
+    for token in np.flatnonzero(weights > BACKGROUND * weights.max()).tolist():
+        piece = pieces[token]
+        if piece is None:
+            continue
+        if runs and runs[-1][-1] == token - 1 and fields[-1] == piece[0]:
+            runs[-1].append(token)
+        else:
+            runs.append([token])
+            fields.append(piece[0])
+    spans = []
+    for field, run in zip(fields, runs, strict=True):
+        # Rounded down, so that no sum of weights passes 1.
+        weight = min(int(float(weights[run].sum()) * PRECISION) / PRECISION, 1.0)
+        start, end = _trimmed(passage, field, [piece for token in run if (piece := pieces[token])])
+        if weight >= MIN_WEIGHT and start < end:
+            spans.append(EvidenceSpan(field=field, start=start, end=end, weight=weight))
+    return sorted(spans, key=lambda span: -span.weight)[:MAX_SPANS]
+
+
+def _trimmed(passage: Passage, field: PassageField, run: Sequence[Piece]) -> tuple[int, int]:
+    """From the first to the last character of a run, without the space around it; byte-level tokens can overlap."""
+    text = passage.title if field == "title" else passage.text
+    start, end = min(start for _, start, _ in run), max(end for _, _, end in run)
+    words = text[start:end]
+    return start + len(words) - len(words.lstrip()), start + len(words.rstrip())
