@@ -7,7 +7,9 @@ pipeline in this process, in one batch at a time without HTTP, and the ratio of 
 
 import argparse
 import asyncio
+import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -37,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the load; the exit status is 1 if any request failed other than by being refused."""
     options = build_parser().parse_args(arguments)
     bodies = [make_body(number, options) for number in range(options.requests)]
-    outcome = asyncio.run(run_load(options.url, options.key, bodies, options.clients))
+    before = resident_bytes(options.url)
+    outcome = asyncio.run(run_load(options, bodies))
     show(outcome, options.clients)
+    print(f"memory of the service {before >> 20} MiB before, {resident_bytes(options.url) >> 20} MiB after")
     if options.direct is not None:
         compare(bodies, outcome, options.direct, options.clients)
     return 1 if outcome.failed else 0
@@ -51,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", default="", help="API key, if the service asks for one")
     parser.add_argument("--clients", type=int, default=8, help="clients at one time (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=64, help="requests in all (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="soak: repeat the requests for so long (default: once each)"
+    )
     parser.add_argument("--passages", type=int, default=5, help="passages in a request (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=8, help="sentences in a passage (default: %(default)s)")
     parser.add_argument("--mode", choices=("compressed", "hybrid", "text"), default="compressed")
@@ -75,23 +82,33 @@ def make_body(number: int, options: argparse.Namespace) -> dict[str, Any]:
     return {"query": query, "passages": passages, **values}
 
 
-async def run_load(url: str, key: str, bodies: list[dict[str, Any]], clients: int) -> Outcome:
-    """Send all bodies, `clients` at a time."""
-    outcome, waiting = Outcome(), list(reversed(bodies))
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=clients)
+async def run_load(options: argparse.Namespace, bodies: list[dict[str, Any]]) -> Outcome:
+    """Send all bodies, so many clients at a time; once, or again and again until the time is over."""
+    outcome, end = Outcome(), time.perf_counter() + options.seconds
+    waiting = iter(bodies) if not options.seconds else itertools.cycle(bodies)
+    headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
+    limits = httpx.Limits(max_connections=options.clients)
     async with httpx.AsyncClient(
-        base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False
+        base_url=options.url, headers=headers, timeout=600, limits=limits, trust_env=False
     ) as connection:
 
         async def client() -> None:
-            while waiting:
-                await ask(connection, waiting.pop(), outcome)
+            for body in waiting:
+                await ask(connection, body, outcome)
+                if options.seconds and time.perf_counter() > end:
+                    return
 
         began = time.perf_counter()
-        await asyncio.gather(*(client() for _ in range(clients)))
+        await asyncio.gather(*(client() for _ in range(options.clients)))
         outcome.seconds = time.perf_counter() - began
     return outcome
+
+
+def resident_bytes(url: str) -> int:
+    """Memory of the service's process, from its metrics; 0 where the platform does not tell."""
+    text = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).text
+    found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
+    return int(float(found[1])) if found else 0
 
 
 async def ask(connection: httpx.AsyncClient, body: dict[str, Any], outcome: Outcome) -> None:

@@ -4,13 +4,14 @@ Knows no HTTP. It waits for tensors and walks over tokens: call it off the event
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.passages import Chunk, Passage
 from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
-from service.schemas import Evidence, EvidenceSpan, PassageField
+from service.schemas import EmbeddingSpans, Evidence, EvidenceSpan, PassageField
 
 # A token with less than this share of the embedding's strongest token is background and belongs to no span.
 BACKGROUND = 0.1
@@ -18,12 +19,16 @@ MIN_WEIGHT = 0.05
 MAX_SPANS = 4
 PRECISION = 10_000
 
-Piece = tuple[PassageField, int, int]
+
+class Piece(NamedTuple):
+    """A token's characters in its field of the passage."""
+
+    field: PassageField
+    start: int
+    end: int
 
 
-def passages_evidence(
-    request: PreparedRequest, compressed: Sequence[CompressedPassage]
-) -> dict[int, Evidence | None]:
+def passages_evidence(request: PreparedRequest, compressed: Sequence[CompressedPassage]) -> dict[int, Evidence]:
     """By passage index, for each of its memory embeddings in order, the spans it was read from, heaviest first.
 
     An embedding has at most `MAX_SPANS` spans of at least `MIN_WEIGHT`, and their weights sum to at most 1. None for a
@@ -35,10 +40,8 @@ def passages_evidence(
     return {p.index: _passage_evidence(request.passages[p.index], chunks[p.index], p.chunks) for p in compressed}
 
 
-def _passage_evidence(
-    passage: Passage, chunks: Sequence[Chunk], compressed: Sequence[CompressedChunk]
-) -> Evidence | None:
-    evidence: Evidence = []
+def _passage_evidence(passage: Passage, chunks: Sequence[Chunk], compressed: Sequence[CompressedChunk]) -> Evidence:
+    evidence: EmbeddingSpans = []
     for chunk, result in zip(chunks, compressed, strict=True):
         if result.weights is None:
             return None
@@ -56,38 +59,43 @@ def _piece(passage: Passage, start: int, end: int) -> Piece | None:
         return None
     # A token that holds the line break and something of either side goes where more of it is.
     if in_title > in_text:
-        return "title", start, min(end, len(passage.title))
-    return "text", max(start - offset, 0), in_text
+        return Piece("title", start, min(end, len(passage.title)))
+    return Piece("text", max(start - offset, 0), in_text)
 
 
 def _embedding_evidence(
     passage: Passage, pieces: Sequence[Piece | None], weights: NDArray[np.float32]
 ) -> list[EvidenceSpan]:
     """`weights` (tokens,) as spans: a run of neighbouring tokens of one field is one span."""
-    runs: list[list[int]] = []
-    fields: list[PassageField] = []
+    runs: list[list[Piece]] = []
+    totals: list[float] = []
+    last = -1
     for token in np.flatnonzero(weights > BACKGROUND * weights.max()).tolist():
-        piece = pieces[token]
-        if piece is None:
+        if (piece := pieces[token]) is None:
             continue
-        if runs and runs[-1][-1] == token - 1 and fields[-1] == piece[0]:
-            runs[-1].append(token)
+        # Byte-level tokens can share a character: they stay together even where one between them is background.
+        before = runs[-1][-1] if runs else None
+        if before and before.field == piece.field and (token == last + 1 or piece.start < before.end):
+            runs[-1].append(piece)
+            totals[-1] += float(weights[token])
         else:
-            runs.append([token])
-            fields.append(piece[0])
-    spans = []
-    for field, run in zip(fields, runs, strict=True):
+            runs.append([piece])
+            totals.append(float(weights[token]))
+        last = token
+    spans = [_span(passage, run, total) for run, total in zip(runs, totals, strict=True)]
+    kept = [span for span in spans if span.weight >= MIN_WEIGHT and span.start < span.end]
+    return sorted(kept, key=lambda span: -span.weight)[:MAX_SPANS]
+
+
+def _span(passage: Passage, run: Sequence[Piece], weight: float) -> EvidenceSpan:
+    """From the first to the last character of a run, without the space around it: empty where there is only space."""
+    field = run[0].field
+    start, end = min(piece.start for piece in run), max(piece.end for piece in run)
+    words = (passage.title if field == "title" else passage.text)[start:end]
+    return EvidenceSpan(
+        field=field,
+        start=start + len(words) - len(words.lstrip()),
+        end=start + len(words.rstrip()),
         # Rounded down, so that no sum of weights passes 1.
-        weight = min(int(float(weights[run].sum()) * PRECISION) / PRECISION, 1.0)
-        start, end = _trimmed(passage, field, [piece for token in run if (piece := pieces[token])])
-        if weight >= MIN_WEIGHT and start < end:
-            spans.append(EvidenceSpan(field=field, start=start, end=end, weight=weight))
-    return sorted(spans, key=lambda span: -span.weight)[:MAX_SPANS]
-
-
-def _trimmed(passage: Passage, field: PassageField, run: Sequence[Piece]) -> tuple[int, int]:
-    """From the first to the last character of a run, without the space around it; byte-level tokens can overlap."""
-    text = passage.title if field == "title" else passage.text
-    start, end = min(start for _, start, _ in run), max(end for _, _, end in run)
-    words = text[start:end]
-    return start + len(words) - len(words.lstrip()), start + len(words.rstrip())
+        weight=min(int(weight * PRECISION) / PRECISION, 1.0),
+    )

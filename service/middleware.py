@@ -146,7 +146,7 @@ class _BodyReader:
     async def read(self) -> bytes | None:
         """The body; None where the client left. Raises TooLargeError, OverloadedError, UnsupportedError."""
         declared = self.headers.get("content-length", "")
-        if declared.isdecimal():
+        if declared.isdecimal() and len(declared) < 20:
             self._reserve(int(declared))
         content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         parts: list[bytes] = []

@@ -1,12 +1,15 @@
 """From what the engine produced to the response models. Knows no HTTP."""
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel
 
 from core.model import Model
 from core.pipeline import CompressedPassage, rerank
-from service.embedding_store import EmbeddingStore, StoredPassage
+from service.embedding_store import StoredPassage
 from service.embeddings_codec import encode_embeddings
 from service.engine import Session
+from service.evidence import passages_evidence
 from service.jobs import Compressed, Finished
 from service.schemas import (
     Answerable,
@@ -18,16 +21,29 @@ from service.schemas import (
     CompressResponse,
     CompressUsage,
     Embeddings,
+    Evidence,
     RankedPassage,
     RerankResponse,
     Usage,
 )
 
+NO_EVIDENCE: Mapping[int, Evidence] = {}
 
-def compress_response(session: Session, body: CompressRequest, passages: list[CompressedPassage]) -> CompressResponse:
+
+def evidence_of(session: Session, compressed: Compressed) -> Mapping[int, Evidence]:
+    """What the embeddings of each passage came from, by passage index. Call it off the event loop."""
+    assert session.prepared is not None  # a session that has events was prepared
+    return passages_evidence(session.prepared.request, compressed.passages)
+
+
+def compress_response(session: Session, body: CompressRequest, compressed: Compressed) -> CompressResponse:
     """The whole response of `/compress`. Encoding megabytes takes a while: call it off the event loop."""
     model = session.version.model
-    shown = [_compressed_passage(session, model, body, passage, session.engine.store) for passage in passages]
+    evidence = evidence_of(session, compressed) if body.explain else NO_EVIDENCE
+    shown = [
+        _compressed_passage(session, model, body, passage, evidence.get(passage.index))
+        for passage in compressed.passages
+    ]
     tokens = sum(passage.tokens for passage in shown)
     memory_tokens = sum(passage.memory_tokens for passage in shown)
     return CompressResponse(
@@ -46,8 +62,10 @@ def rerank_response(session: Session, passages: list[CompressedPassage], top_n: 
     return RerankResponse(results=results, timings_ms=session.timings_ms(), checkpoint=session.version.model.name)
 
 
-def answered_passages(session: Session, compressed: Compressed) -> list[AnsweredPassage]:
-    """The passages of an answer, in the caller's order."""
+def answered_passages(
+    session: Session, compressed: Compressed, evidence: Mapping[int, Evidence] = NO_EVIDENCE
+) -> list[AnsweredPassage]:
+    """The passages of an answer, in the caller's order. One shown as text was not read from embeddings."""
     ids = _ids(session)
     return [
         AnsweredPassage(
@@ -55,6 +73,7 @@ def answered_passages(session: Session, compressed: Compressed) -> list[Answered
             id=ids[passage.index],
             relevance=passage.relevance,
             mode="text" if mode == "text" else "compressed",
+            evidence=None if mode == "text" else evidence.get(passage.index),
         )
         for passage, mode in zip(compressed.passages, compressed.modes, strict=True)
     ]
@@ -69,7 +88,9 @@ def answerable(model: Model, passages: list[CompressedPassage]) -> Answerable | 
     return Answerable(probability=probability, answerable=probability >= threshold)
 
 
-def answer_response(session: Session, compressed: Compressed, finished: Finished) -> AnswerResponse:
+def answer_response(
+    session: Session, compressed: Compressed, finished: Finished, evidence: Mapping[int, Evidence] = NO_EVIDENCE
+) -> AnswerResponse:
     """The whole response of `/answer`, and the `done` event of a stream."""
     model = session.version.model
     usage = Usage(
@@ -81,7 +102,7 @@ def answer_response(session: Session, compressed: Compressed, finished: Finished
     return AnswerResponse(
         answer=finished.text,
         finish_reason="stop" if finished.finish_reason == "stop" else "length",
-        passages=answered_passages(session, compressed),
+        passages=answered_passages(session, compressed, evidence),
         answerable=answerable(model, compressed.passages),
         usage=usage,
         timings_ms=session.timings_ms(),
@@ -111,7 +132,7 @@ def _ids(session: Session) -> list[str | None]:
 
 
 def _compressed_passage(
-    session: Session, model: Model, body: CompressRequest, passage: CompressedPassage, store: EmbeddingStore
+    session: Session, model: Model, body: CompressRequest, passage: CompressedPassage, evidence: Evidence
 ) -> CompressedPassageOut:
     assert session.prepared is not None  # a session that has events was prepared
     source = session.prepared.request.passages[passage.index]
@@ -119,7 +140,9 @@ def _compressed_passage(
     score = max(chunk.score for chunk in passage.chunks)
     stored = None
     if body.store:
-        stored = store.put(StoredPassage(memory, score, passage.tokens, source.title, source.text, model.name))
+        stored = session.engine.store.put(
+            StoredPassage(memory, score, passage.tokens, source.title, source.text, model.name)
+        )
     return CompressedPassageOut(
         index=passage.index,
         id=source.id,
@@ -141,4 +164,5 @@ def _compressed_passage(
             checkpoint=model.name,
         ),
         embedding_id=stored,
+        evidence=evidence,
     )

@@ -1,7 +1,7 @@
 """The inference endpoints: each admits a request, awaits the engine and shapes the response. Knows no models."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -13,12 +13,20 @@ from service.engine import Engine, Session
 from service.errors import ErrorResponse
 from service.jobs import Compressed
 from service.limits import AnyRequest
-from service.responses import answer_response, compress_response, record_response, rerank_response
+from service.responses import (
+    NO_EVIDENCE,
+    answer_response,
+    compress_response,
+    evidence_of,
+    record_response,
+    rerank_response,
+)
 from service.schemas import (
     AnswerRequest,
     AnswerResponse,
     CompressRequest,
     CompressResponse,
+    Evidence,
     RerankRequest,
     RerankResponse,
 )
@@ -68,7 +76,7 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
         await session.finished()
         # Encoding and rendering megabytes of numbers would hold up every other request.
         return await asyncio.get_running_loop().run_in_executor(
-            engine.pool, lambda: _json(session, compressed, compress_response(session, body, compressed.passages))
+            engine.pool, lambda: _json(session, compressed, compress_response(session, body, compressed))
         )
 
 
@@ -87,11 +95,12 @@ async def answer(body: AnswerRequest, request: Request, engine: ThisEngine) -> R
     session, stays_open = await _open(request, engine, body), False
     try:
         compressed = await _unless_disconnected(request, session.compressed)
+        evidence = await _evidence(session, compressed) if body.explain else NO_EVIDENCE
         if body.stream:
             stays_open = True  # the stream closes it
-            return AnswerStream(session, compressed, engine.settings.keepalive_seconds)
+            return AnswerStream(session, compressed, evidence, engine.settings.keepalive_seconds)
         finished = await _unless_disconnected(request, session.finished)
-        return _json(session, compressed, answer_response(session, compressed, finished))
+        return _json(session, compressed, answer_response(session, compressed, finished, evidence))
     finally:
         if not stays_open:
             session.close()
@@ -101,6 +110,11 @@ async def _open(request: Request, engine: Engine, body: AnyRequest) -> Session:
     session = await engine.open(body)
     request.state.checkpoint = session.version.model.name  # for the log line
     return session
+
+
+async def _evidence(session: Session, compressed: Compressed) -> Mapping[int, Evidence]:
+    """Found in the pool: the worker writes the answer meanwhile, and the event loop stays free."""
+    return await asyncio.get_running_loop().run_in_executor(session.engine.pool, evidence_of, session, compressed)
 
 
 async def _unless_disconnected(request: Request, wait: Callable[[], Awaitable[T]]) -> T:

@@ -108,7 +108,6 @@ AnswerPassages = Annotated[
 ]
 Timeout = Annotated[float, Field(gt=0, allow_inf_nan=False, description="deadline of this request in seconds")]
 Rate = Annotated[int, Field(ge=1, description="compression rate: one of the checkpoint's; unset: its first")]
-
 Explain = Annotated[bool, Field(description="also say which words each memory embedding came from")]
 
 
@@ -168,12 +167,14 @@ class EvidenceSpan(BaseModel):
     weight: float = Field(description="share of the embedding's attention, 0..1", examples=[0.82])
 
 
-Evidence = list[list[EvidenceSpan]]
-EVIDENCE: Any = Field(
-    default=None,
-    description="with explain: for each memory embedding, the heaviest spans it came from; null where there are no such"
-    " embeddings: shown as text, sent as embeddings, or made by a readout without attention",
-)
+EmbeddingSpans = list[list[EvidenceSpan]]
+Evidence = Annotated[
+    EmbeddingSpans | None,
+    Field(
+        description="with explain: for each memory embedding, the spans it came from, heaviest first; null for passages"
+        " shown as text or sent as embeddings, and for a readout without attention"
+    ),
+]
 
 
 class ChunkOut(BaseModel):
@@ -198,7 +199,7 @@ class CompressedPassageOut(BaseModel):
     chunks: list[ChunkOut]
     embeddings: Embeddings
     embedding_id: str | None
-    evidence: Evidence | None = EVIDENCE
+    evidence: Evidence = None
 
 
 class CompressUsage(BaseModel):
@@ -244,7 +245,7 @@ class AnsweredPassage(BaseModel):
     id: str | None
     relevance: float
     mode: Literal["compressed", "text"]
-    evidence: Evidence | None = EVIDENCE
+    evidence: Evidence = None
 
 
 class Usage(BaseModel):

@@ -6,6 +6,7 @@ Comments keep the connection alive while nothing is said; a client that leaves f
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from service.engine import Session
 from service.errors import error_content
 from service.jobs import Compressed, Delta, Finished
 from service.responses import answer_response, answered_passages, record_response
+from service.schemas import Evidence
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +26,14 @@ class AnswerStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, session: Session, compressed: Compressed, keepalive_s: float) -> None:
+    def __init__(
+        self, session: Session, compressed: Compressed, evidence: Mapping[int, Evidence], keepalive_s: float
+    ) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._session = session
         self._compressed = compressed
+        self._evidence = evidence
         self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +53,7 @@ class AnswerStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            passages = answered_passages(self._session, self._compressed)
+            passages = answered_passages(self._session, self._compressed, self._evidence)
             checkpoint = self._session.version.model.name
             await self._event(send, "passages", {"passages": _plain(passages), "checkpoint": checkpoint})
             await self._tokens(send)
@@ -73,7 +78,7 @@ class AnswerStream(Response):
                     continue
                 event = waiting.result()
                 if isinstance(event, Finished):
-                    response = answer_response(self._session, self._compressed, event)
+                    response = answer_response(self._session, self._compressed, event, self._evidence)
                     record_response(self._session, self._compressed, response)
                     await self._event(send, "done", response.model_dump())
                     return

@@ -26,3 +26,10 @@ def test_refusals_are_counted_and_tried_again(serve: Serve, capsys: pytest.Captu
     with serve(max_requests=1) as client:
         assert main(["--url", str(client.base_url), *SMALL]) == 0
     assert capsys.readouterr().out.startswith("6 answers by 3 clients in ")
+
+
+def test_a_soak_goes_on_until_its_time_is_over(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", str(client.base_url), *SMALL, "--seconds", "1.5"]) == 0
+    shown = capsys.readouterr().out
+    assert int(shown.split()[0]) > 6
+    assert "MiB before" in shown

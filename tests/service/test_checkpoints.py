@@ -187,8 +187,9 @@ def test_embeddings_of_another_version_are_refused(root: Path) -> None:
             assert error(response)["field"] == field
 
 
-def test_a_hundred_swaps_under_load_fail_no_request(root: Path) -> None:
-    with serve_checkpoint(root / "first", max_sequences=4) as client:
+@pytest.mark.parametrize(("swaps", "kept"), [(100, 1), (8, 0)], ids=["100 from memory", "8 loaded anew"])
+def test_swaps_under_load_fail_no_request(root: Path, swaps: int, kept: int) -> None:
+    with serve_checkpoint(root / "first", max_sequences=4, keep_checkpoints=kept) as client:
         expected = {}
         for name in ("first", "second"):
             change(client, "activate", name)
@@ -213,7 +214,7 @@ def test_a_hundred_swaps_under_load_fail_no_request(root: Path) -> None:
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()
-        for i in range(100):
+        for i in range(swaps):
             assert change(client, "activate", ("first", "second")[i % 2]).status_code == 200
         stop.set()
         for thread in threads:
