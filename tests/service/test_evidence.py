@@ -21,7 +21,7 @@ from service.schemas import EvidenceSpan
 from tests.service.calls import PASSAGES, QUERY, answer, events
 from tests.service.conftest import Serve
 
-FIELDS = [{"title": "", "text": p, **{}} if isinstance(p, str) else {"title": "", **p} for p in PASSAGES]
+FIELDS = [{"title": "", "text": p} if isinstance(p, str) else {"title": "", **p} for p in PASSAGES]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_spans_are_the_words_pointed_at(pointer_model: Model) -> None:
     for token, (start, end) in enumerate(spans):
         if start <= content.index("Curie") + 4 and end > content.index("Curie"):
             weights[0, token] = 1
-        if (start < first + 6 and end > first + 1) or (start < second + 6 and end > second + 1):
+        if (start < first + 6 and end > first) or (start < second + 6 and end > second):
             weights[1, token] = 1
     weights /= weights.sum(1, keepdim=True)
     title, text = evidence_by_hand(pointer_model, passage, weights)
