@@ -16,21 +16,18 @@ ADAPTER = "default"
 LORA_NAME = re.compile(rf"\.lora_([AB])\.{ADAPTER}\.weight$")
 
 
-def add_lora(module: nn.Module, lora: LoraConfig) -> list[nn.Parameter]:
+def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Parameter]:
     """Put fresh adapters on `module`'s linear layers, in place, and return their parameters (float32, trainable).
 
-    The rest of `module` is frozen. A fresh adapter changes no output: its B is zero (arXiv 2106.09685 sec. 4.1).
+    `seed` determines them: every process of a run must begin with the same ones. The rest of `module` is frozen. A
+    fresh adapter changes no output: its B is zero (arXiv 2106.09685 sec. 4.1).
     """
-    inject_adapter_in_model(
-        PeftLoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.target_modules),
-        ),
-        module,
-        adapter_name=ADAPTER,
+    settings = PeftLoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, module, adapter_name=ADAPTER)
     parameters = []
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(LORA_NAME.search(name)))

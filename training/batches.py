@@ -14,6 +14,7 @@ from core.pipeline import PreparedRequest, prepare, rows_of
 from core.rows import ChunkRow
 from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
+from training.teacher_logits import TeacherLogits, TokenTargets
 
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
 
@@ -25,6 +26,7 @@ class TrainExample:
     answer_ids  target tokens with the end of turn; empty: the generator does not see this example
     relevance   one target a passage; None where the row does not say
     hits        for each chunk, the generator tokens (indices in the chunk) at which a pointer is right
+    teacher     what the teacher held likely at each target token; None where nothing is stored for it
     """
 
     request: PreparedRequest
@@ -33,6 +35,7 @@ class TrainExample:
     answer_ids: list[int]
     relevance: list[float] | None
     hits: list[list[int]]
+    teacher: TokenTargets | None = None
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -58,7 +61,9 @@ def row_length(row: Row, passages: int) -> int:
     return len(row.query) + total * kept // len(row.passages)
 
 
-def make_example(model: Model, row: Row, data: DataConfig, loss: LossConfig, key: str) -> TrainExample:
+def make_example(
+    model: Model, row: Row, data: DataConfig, loss: LossConfig, key: str, logits: TeacherLogits | None = None
+) -> TrainExample:
     """Sample passages, mode and rate with randomness that `key` determines, and tokenise."""
     rng = random.Random(key)
     passages, empty = sample_passages(row, data, rng)
@@ -67,19 +72,31 @@ def make_example(model: Model, row: Row, data: DataConfig, loss: LossConfig, key
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
     answers = [*row.answers, *([row.teacher_answer] if row.teacher_answer else [])]
+    answer_ids = [] if empty else target_ids(model, row, data.answer_tokens)
     return TrainExample(
         request=request,
         rows=rows_of(model, request, rate),
         mode=mode,
-        answer_ids=[] if empty else target_ids(model, row, data.answer_tokens),
+        answer_ids=answer_ids,
         relevance=known if len(known) == len(passages) else None,
         hits=find_hits(model, request, passages, answers) if loss.alignment > 0 else [],
+        teacher=teacher_targets(logits, row.id, answer_ids) if logits is not None and answer_ids else None,
     )
 
 
 def target_ids(model: Model, row: Row, most: int) -> list[int]:
     """The target answer's tokens, cut to `most`; the end of turn stays only where nothing was cut."""
     return model.template.answer_ids(row.target)[:most]
+
+
+def teacher_targets(logits: TeacherLogits, row_id: str, answer_ids: Sequence[int]) -> TokenTargets | None:
+    """The teacher's logits at exactly these target tokens; None where there are none or they are of another answer."""
+    if row_id not in logits:
+        return None
+    targets, count = logits[row_id], len(answer_ids)
+    if targets.answer_ids[:count].tolist() != list(answer_ids):
+        return None
+    return TokenTargets(targets.answer_ids[:count], targets.top_ids[:count], targets.top_logprobs[:count])
 
 
 def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[list[RowPassage], bool]:

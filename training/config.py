@@ -20,7 +20,8 @@ Weight = Annotated[float, Field(ge=0)]
 class DataConfig:
     """What is read, and how a row becomes an example.
 
-    train, dev        files of rows, as `training prepare` and `training label` write them
+    train, dev        files of rows, as `training prepare` and `training label` write them; `pretrain`: of texts
+    logits            folder of the teacher's logits, as `training label --logits` writes them; for loss.kl
     passages          passages an example gets: all relevant ones first, then others, shuffled; 0: all of the row
     empty_share       share of examples whose relevant passages are taken away: they train relevance only
     answer_tokens     longer target answers are cut
@@ -28,10 +29,12 @@ class DataConfig:
     modes             share of examples that reach the generator in each mode
     dev_questions     rows of `dev` used while training; 0: all
     on_bad_row        `skip`: count and report bad rows; `refuse`: stop before training
+    autoencoding      `pretrain` only: share of texts to repeat; the others are to be continued
     """
 
     train: str = "data/train.jsonl"
     dev: str = "data/dev.jsonl"
+    logits: str = ""
     passages: Annotated[int, Field(ge=0)] = 5
     empty_share: Share = 0.0
     answer_tokens: Positive = 128
@@ -39,6 +42,7 @@ class DataConfig:
     modes: dict[Mode, Share] = dataclasses.field(default_factory=lambda: {"compressed": 1.0})
     dev_questions: Annotated[int, Field(ge=0)] = 200
     on_bad_row: Literal["skip", "refuse"] = "skip"
+    autoencoding: Share = 0.5
 
     def __post_init__(self) -> None:
         if not self.modes or sum(self.modes.values()) <= 0:
@@ -128,7 +132,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """All of one run. `start`: another run's `best/` or `last/`, or a checkpoint, to begin from; empty: base weights."""
+    """All of one run. `start`: the `best/` or `last/` of a run, or a checkpoint, to begin from; empty: base weights."""
 
     start: str = ""
     model: Config = dataclasses.field(default_factory=Config)
@@ -141,6 +145,8 @@ class TrainConfig:
         pointer = self.model.compressor.readout == "pointer"
         if self.loss.alignment > 0 and not pointer:
             raise ValueError("loss.alignment: only a pointer readout attends to the answer's tokens; set it to 0")
+        if self.loss.kl > 0 and not self.data.logits:
+            raise ValueError("data.logits: loss.kl needs the folder of the teacher's logits")
         if self.optimizer.generator_lr > 0 and self.loss.needs_generator and self.model.generator.lora is None:
             raise ValueError("model.generator.lora: the generator is to be trained, so give its adapter's size")
 

@@ -7,10 +7,11 @@ import torch
 
 from core.config import Mode
 from core.decoding import generate
+from core.errors import InputError
 from core.model import Model
 from core.pipeline import build_prompt, choose_modes, compress, prepare
 from core.sampling import GenerationOptions
-from training.batches import make_example, micro_batches
+from training.batches import TrainExample, make_example, micro_batches
 from training.config import TrainConfig
 from training.data_format import Row
 from training.metrics import best_over_references, exact_match, gold_first, token_f1
@@ -24,7 +25,9 @@ OPTIONS = GenerationOptions(max_new_tokens=32)
 def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
     """Losses per token, passage or row; `pointer` accuracy, `gold_first`, and `f1_<mode>`, `em_<mode>` of answers."""
     objective.eval()
-    scores = dev_losses(objective, rows, config)
+    rows = [row for row in rows if can_be_read(objective.model, row)]
+    examples = [make_example(objective.model, row, config.data, config.loss, f"dev/{row.id}") for row in rows]
+    scores = dev_losses(objective, examples, config)
     if config.loss.relevance > 0:
         scores["gold_first"] = rank_gold(objective.model, rows)
     if config.loss.needs_generator:
@@ -34,14 +37,21 @@ def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig)
     return scores
 
 
-def dev_losses(objective: Objective, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
-    """The parts of the loss on dev examples that are the same at every evaluation."""
-    model = objective.model
-    examples = [make_example(model, row, config.data, config.loss, f"dev/{row.id}") for row in rows]
+def can_be_read(model: Model, row: Row) -> bool:
+    """Whether the pipeline accepts the row: a question that it refuses must not end a run."""
+    try:
+        prepare(model, row.query, row.passages)
+    except InputError:
+        return False
+    return True
+
+
+def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: TrainConfig) -> dict[str, float]:
+    """The parts of the loss on dev examples: per token, passage or row."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     pointed = 0
-    for piece in micro_batches(model, examples, config.loop.micro_batch_tokens):
+    for piece in micro_batches(objective.model, examples, config.loop.micro_batch_tokens):
         parts = objective(piece)
         pointed += parts.pointed
         for name, loss in parts.losses.items():

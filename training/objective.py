@@ -11,7 +11,7 @@ from core.model import Model
 from core.rows import collate_rows, plan_batches
 from training.batches import TrainExample
 from training.config import LossConfig
-from training.losses import alignment_loss, answer_loss, relevance_loss
+from training.losses import alignment_loss, answer_loss, kl_loss, relevance_loss
 
 
 @dataclass
@@ -55,6 +55,9 @@ class Objective(nn.Module):
         super().train(mode)
         if not self.dropout:
             self.compressor.backbone.eval()
+            for module in self.compressor.backbone.modules():
+                # A layer saves activations only in training; its own flag alone switches no dropout on below it.
+                module.training = mode and getattr(module, "gradient_checkpointing", False) is True
         return self
 
     def forward(self, examples: Sequence[TrainExample]) -> Parts:
@@ -123,7 +126,7 @@ class Objective(nn.Module):
         parts: Parts,
     ) -> None:
         """Splice, run the generator once over prompts and answers, and add the loss on answer tokens only."""
-        ids, masks, memories, starts = [], [], [], []
+        ids, masks, memories, starts, answered = [], [], [], [], []
         first = 0
         for index, example in enumerate(examples):
             memory = compressed.memory[first : first + len(example.rows)] if compressed else []
@@ -132,24 +135,37 @@ class Objective(nn.Module):
                 continue
             layout_ids, layout_mask, used = lay_out(self.model, example, memory, scores[index] if scores else None)
             answer = torch.tensor(example.answer_ids)
+            answered.append(example)
             starts.append(len(layout_ids))
             ids.append(torch.cat([layout_ids, answer]))
             masks.append(torch.cat([layout_mask, torch.zeros(len(answer), dtype=torch.bool)]))
             memories += used
-        if not ids:
+        if not answered:
             return
-        answered = [example for example in examples if example.answer_ids]
         hidden = self._run_generator(ids, masks, memories, parts)  # (B, T, d)
         # The token at position p is predicted from the hidden state at p - 1.
-        rows = [row for row, example in enumerate(answered) for _ in example.answer_ids]
         places = [
-            start - 1 + offset
-            for start, example in zip(starts, answered, strict=True)
+            (row, start - 1 + offset)
+            for row, (start, example) in enumerate(zip(starts, answered, strict=True))
             for offset in range(len(example.answer_ids))
         ]
-        targets = torch.tensor([token for example in answered for token in example.answer_ids])
-        logits = self.generator.next_logits(hidden[rows, places])  # (n, V)
-        add(parts, "answer", answer_loss(logits, targets.to(logits.device)), len(targets))
+        rows, positions = torch.tensor(places, device=hidden.device).unbind(1)  # (n,) each
+        logits = self.generator.next_logits(hidden[rows, positions])  # (n, V)
+        targets = torch.tensor([token for example in answered for token in example.answer_ids], device=logits.device)
+        if self.loss.answer > 0:
+            add(parts, "answer", answer_loss(logits, targets), len(targets))
+        if self.loss.kl > 0:
+            self._add_kl(logits, answered, parts)
+
+    def _add_kl(self, logits: Tensor, answered: Sequence[TrainExample], parts: Parts) -> None:
+        """Divergence from the teacher at the answer tokens that it has logits for: logits (n, V) of all of them."""
+        first = 0
+        for example in answered:
+            own = logits[first : first + len(example.answer_ids)]  # (t, V)
+            first += len(example.answer_ids)
+            if example.teacher is not None:
+                ids, logprobs = example.teacher.top_ids.to(own.device), example.teacher.top_logprobs.to(own.device)
+                add(parts, "kl", kl_loss(own, ids, logprobs, self.loss.kl_temperature), len(own))
 
     def _run_generator(self, ids: list[Tensor], masks: list[Tensor], memories: list[Tensor], parts: Parts) -> Tensor:
         device = self.generator.device
@@ -192,7 +208,8 @@ def lay_out(
     count = len(example.request.passages)
     by_score = list(range(count))
     if scores is not None:
-        by_score = sorted(by_score, key=lambda index: -float(scores[index]))
+        values = scores.tolist()
+        by_score = sorted(by_score, key=lambda index: -values[index])
     shown = set(by_score[: model.config.prompt.hybrid_top]) if example.mode == "hybrid" else set()
     if example.mode == "text":
         shown = set(range(count))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,11 +39,14 @@ class Progress:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
-    """Replace `folder` as a whole: a kill or a full disk at any moment leaves the old or the new one complete."""
+    """Replace `folder` as a whole: a kill or a full disk at any moment leaves the old or the new one complete.
+
+    Raises CheckpointError where it cannot be written.
+    """
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         for name, state in tensors.items():
             save_file(dict(state), partial / name)
         for name, text in texts.items():
@@ -50,9 +54,9 @@ def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], text
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise CheckpointError(f"{folder} cannot be written, what was saved there before is intact: {error}") from None
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -107,9 +111,10 @@ def restore_run(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[n
         trainable = load_file(folder / "trainable.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be resumed from: {error}") from None
-    if trainable.keys() != set(names.values()):
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    if {name: value.shape for name, value in trainable.items()} != shapes:
         raise CheckpointError(f"{folder} was trained with other settings; give a new run folder")
     with torch.no_grad():
         for parameter, name in names.items():
@@ -131,7 +136,7 @@ def start_from(model: Model, folder: Path) -> None:
     try:
         weights = load_file(folder / "compressor.safetensors")
         model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
     for name in ("adapter.safetensors", "generator.safetensors"):
         if (folder / name).exists() and model.config.generator.lora is not None:

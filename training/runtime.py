@@ -3,6 +3,7 @@
 Processes come from `accelerate launch` (CPU with gloo, CUDA with NCCL). Trainium is `training/trainium.py`.
 """
 
+import importlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -10,6 +11,8 @@ from typing import Protocol
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+
+DEVICES = ("auto", "trainium")
 
 
 class Runtime(Protocol):
@@ -49,18 +52,20 @@ class AccelerateRuntime:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One all-reduce of all gradients, flattened; parameters without one count as zero."""
+        """One all-reduce of all gradients, flattened; one that no process has stays absent, as with one process."""
         if self.world == 1:
             return
         owners = list(parameters)
-        for parameter in owners:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in owners if parameter.grad is not None]
+        present = torch.tensor([float(parameter.grad is not None) for parameter in owners], device=self.device)
+        torch.distributed.all_reduce(present)
+        owners = [parameter for parameter, count in zip(owners, present.tolist(), strict=True) if count]
+        if not owners:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(piece.view_as(gradient))
+        for parameter, piece in zip(owners, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = piece.view_as(parameter)
 
     def sum_counts(self, counts: dict[str, float]) -> dict[str, float]:
         """One all-reduce, in float64."""
@@ -77,3 +82,12 @@ class AccelerateRuntime:
     def wait(self) -> None:
         """A barrier."""
         self._state.wait_for_everyone()
+
+
+def choose_runtime(device: str) -> Runtime:
+    """The runtime of one of DEVICES. Raises ConfigError where this machine cannot run it."""
+    if device == "trainium":
+        # Imported here: it needs torch_xla, which only such machines have.
+        runtime: Runtime = importlib.import_module("training.trainium").XlaRuntime()
+        return runtime
+    return AccelerateRuntime()

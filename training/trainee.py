@@ -23,9 +23,12 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
     """
     model = build_model(config.model, device=runtime.device, dtype=torch.float32, seed=config.loop.seed)
     if config.loop.precision == "bf16":
-        model.generator.to(torch.bfloat16)  # frozen: it needs no float32 master copy
+        # Frozen: it needs no float32 master copy. Only weights: rotary frequencies are buffers and must stay float32.
+        for parameter in model.generator.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     model.generator.requires_grad_(False)
-    lora = add_lora(model.generator.model, config.model.generator.lora) if config.model.generator.lora else []
+    wanted, seed = config.model.generator.lora, config.loop.seed
+    lora = add_lora(model.generator.model, wanted, seed) if wanted else []
     if config.start:
         start_from(model, Path(config.start))
     groups = _parameter_groups(model, lora, config)
@@ -33,7 +36,7 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
         raise ConfigError("optimizer: every learning rate is 0, so nothing would be trained")
     if config.loop.gradient_checkpointing:
         for backbone in (model.generator.model, model.compressor.backbone):
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.activation_checkpointing_enable()
     parts = (("compressor", model.compressor), ("generator", model.generator))
     names = {p: f"{part}.{name}" for part, module in parts for name, p in module.named_parameters() if p.requires_grad}
     return model, groups, names
@@ -44,7 +47,7 @@ def _parameter_groups(model: Model, lora: list[nn.Parameter], config: TrainConfi
     optimizer = config.optimizer
     backbone = model.compressor.backbone
     if optimizer.compressor_lora:
-        add_lora(backbone, optimizer.compressor_lora)
+        add_lora(backbone, optimizer.compressor_lora, config.loop.seed)
     elif not optimizer.train_embeddings:
         backbone.get_input_embeddings().requires_grad_(False)
     inside = set(backbone.parameters())

@@ -1,0 +1,177 @@
+"""Examples and batches: what is sampled, where answers are found, and that each row comes exactly once an epoch."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.model import Model
+from core.pipeline import prepare
+from tests.tiny_pipeline import tiny_model
+from tests.tiny_training import make_rows
+from training.batches import (
+    BUCKET_BATCHES,
+    example_tokens,
+    find_hits,
+    make_example,
+    micro_batches,
+    plan_epoch,
+    sample_passages,
+    teacher_targets,
+)
+from training.config import DataConfig, LossConfig
+from training.data_format import Row, RowPassage
+from training.teacher_logits import TeacherLogits, TokenTargets, shard_path, write_shard
+
+ALIGNED = LossConfig(alignment=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> Model:
+    return tiny_model(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def pointing(tiny_llama: Path, tiny_bert: Path) -> Model:
+    return tiny_model(tiny_llama, tiny_bert, readout="pointer", pointer_window=4)
+
+
+@given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
+def test_an_epoch_has_every_index_once(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    plan = plan_epoch(lengths, batch_size, seed, epoch)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
+    assert all(1 <= len(batch) <= batch_size for batch in plan)
+    assert sum(len(batch) < batch_size for batch in plan) <= 1
+    assert plan == plan_epoch(lengths, batch_size, seed, epoch)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    lengths = list(range(100))
+    plans = [plan_epoch(lengths, 4, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(one != other for index, one in enumerate(plans) for other in plans[:index])
+
+
+def test_batches_hold_rows_of_like_length() -> None:
+    lengths = random.Random(0).choices(range(1000), k=8 * BUCKET_BATCHES * 2)
+    batches = [[lengths[index] for index in batch] for batch in plan_epoch(lengths, 8, 0, 0)]
+    spreads = [max(batch) - min(batch) for batch in batches]
+    assert sum(spreads) / len(spreads) < 50  # 8 at random would lie some 800 apart
+
+
+def test_relevant_passages_are_kept_and_shuffled() -> None:
+    row = make_rows(1)[0]
+    places = []
+    for seed in range(20):
+        chosen, empty = sample_passages(row, DataConfig(passages=2), random.Random(seed))
+        assert len(chosen) == 2
+        assert not empty
+        places.append([passage.relevance for passage in chosen].index(1.0))
+    assert set(places) == {0, 1}
+
+
+def test_empty_examples_train_relevance_only(model: Model) -> None:
+    data = DataConfig(passages=2, empty_share=1.0)
+    example = make_example(model, make_rows(1)[0], data, LossConfig(), "key")
+    assert example.answer_ids == []
+    assert example.relevance == [0.0, 0.0]
+
+
+def test_an_example_depends_on_its_key_alone(model: Model) -> None:
+    data = DataConfig(passages=2, modes={"compressed": 0.5, "text": 0.5})
+    row = make_rows(1)[0]
+    same = [make_example(model, row, data, LossConfig(), "1/r0") for _ in range(2)]
+    assert same[0] == same[1]
+    others = [make_example(model, row, data, LossConfig(), f"{key}/r0") for key in range(20)]
+    assert {example.mode for example in others} == {"compressed", "text"}
+    assert {row.memory_tokens for example in others for row in example.rows} >= {4, 8}  # both rates of 32 tokens
+
+
+def test_one_unknown_relevance_leaves_the_example_without(model: Model) -> None:
+    row = make_rows(1)[0]
+    row = replace(row, passages=(row.passages[0], replace(row.passages[1], relevance=None)))
+    assert make_example(model, row, DataConfig(), LossConfig(), "key").relevance is None
+
+
+def test_targets_end_with_the_turn_unless_they_were_cut(model: Model) -> None:
+    row = replace(make_rows(1)[0], answers=("Warsaw in the far north",))
+    whole = make_example(model, row, DataConfig(), LossConfig(), "key").answer_ids
+    assert whole[-1] == model.template.end_id
+    cut = make_example(model, row, DataConfig(answer_tokens=3), LossConfig(), "key").answer_ids
+    assert cut == whole[:3]
+
+
+def test_the_teachers_answer_is_the_target(model: Model) -> None:
+    row = replace(make_rows(1)[0], teacher_answer="Rome")
+    assert make_example(model, row, DataConfig(), LossConfig(), "key").answer_ids == model.template.answer_ids("Rome")
+
+
+def found(model: Model, passages: tuple[RowPassage, ...], answers: list[str]) -> list[str]:
+    """The text of every chunk's hit tokens."""
+    request = prepare(model, "Where?", passages)
+    return [
+        "|".join(passages[chunk.passage].content[slice(*chunk.generator_spans[token])] for token in hits)
+        for chunk, hits in zip(request.chunks, find_hits(model, request, passages, answers), strict=True)
+    ]
+
+
+def test_hits_are_the_first_tokens_of_an_answer(pointing: Model) -> None:
+    passages = (
+        RowPassage("She was born in Warsaw. WARSAW is old.", "About", relevance=1.0),
+        RowPassage("Warsaw, again", relevance=0.0),
+        RowPassage("unjudged Warsaw"),
+    )
+    first, irrelevant, unjudged = found(pointing, passages, ["Warsaw"])
+    assert len(first.split("|")) == 2
+    assert all("warsaw".startswith(token.strip().lower()) for token in first.split("|"))
+    assert irrelevant == ""
+    assert "Warsaw".startswith(unjudged.strip())
+
+
+def test_hits_need_whole_words(pointing: Model) -> None:
+    passages = (RowPassage("someone found 1,230 in 12 towns", relevance=1.0),)
+    assert found(pointing, passages, ["one", "230 i", "2"]) == [""]
+    assert found(pointing, passages, ["12"])[0].strip().startswith("1")
+    assert found(pointing, passages, []) == [""]
+    assert found(pointing, passages, ["(12"]) == [""]  # no regular expression
+
+
+def test_without_windows_every_token_of_the_answer_is_right(tiny_llama: Path, tiny_bert: Path) -> None:
+    single = tiny_model(tiny_llama, tiny_bert, readout="pointer", pointer_window=1)
+    passages = (RowPassage("The river rises in the Swiss Alps today.", relevance=1.0),)
+    assert found(single, passages, ["Swiss Alps"])[0].replace("|", "").strip() == "Swiss Alps"
+
+
+def test_micro_batches_keep_the_budget_and_every_example(model: Model) -> None:
+    data = DataConfig(passages=2, modes={"compressed": 0.5, "text": 0.5})
+    examples = [make_example(model, row, data, ALIGNED, row.id) for row in make_rows(12)]
+    costs = [example_tokens(model, example) for example in examples]
+    pieces = micro_batches(model, examples, 2 * max(costs))
+    assert sorted(id(example) for piece in pieces for example in piece) == sorted(map(id, examples))
+    assert all(sum(example_tokens(model, e) for e in piece) <= 2 * max(costs) for piece in pieces)
+    assert all(len({example.mode for example in piece}) == 1 for piece in pieces)
+    assert [len(piece) for piece in micro_batches(model, examples, 1)] == [1] * 12
+
+
+def test_stored_logits_belong_to_exactly_the_target_tokens(tmp_path: Path) -> None:
+    ids = torch.tensor([5, 6, 7])
+    stored = TokenTargets(ids, torch.tensor([[5, 1], [6, 2], [7, 3]]), torch.tensor([[-0.1, -3.0]] * 3))
+    write_shard(shard_path(tmp_path, 0), ["r0"], [stored], "tokenizer")
+    logits = TeacherLogits(tmp_path)
+    whole, cut = teacher_targets(logits, "r0", [5, 6, 7]), teacher_targets(logits, "r0", [5, 6])
+    assert whole is not None
+    assert cut is not None
+    assert whole.top_ids.tolist() == [[5, 1], [6, 2], [7, 3]]
+    assert cut.top_ids.tolist() == [[5, 1], [6, 2]]
+    assert teacher_targets(logits, "r0", [5, 9, 7]) is None
+    assert teacher_targets(logits, "r0", [5, 6, 7, 8]) is None
+    assert teacher_targets(logits, "r1", [5, 6, 7]) is None
+
+
+def test_a_row_without_passages_to_leave_out_is_never_empty() -> None:
+    row = Row("r", "q", (RowPassage("only", relevance=1.0),), ("a",))
+    chosen, empty = sample_passages(row, DataConfig(empty_share=1.0), random.Random(0))
+    assert (len(chosen), empty) == (1, False)

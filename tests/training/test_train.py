@@ -1,0 +1,228 @@
+"""The loop through its command: it learns, ends early, and goes on after any kill as if nothing had happened."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.errors import CheckpointError
+from tests.tiny_training import losses, make_config, make_rows, read_metrics, settings, write_run
+from training.__main__ import main
+from training.losses import answer_loss
+from training.metrics_log import MetricsLog
+from training.run_state import Progress, recover_folder, save_weights, write_folder
+from training.runtime import AccelerateRuntime
+from training.step import schedule
+from training.trainee import build_trainee
+
+STEPS = 45
+LONG = {"epochs": 15, "batch_size": 4, "save_every": 5, "eval_every": 30}  # 12 rows
+
+
+def train(config: Path, out: Path, *overrides: str) -> int:
+    return main(["train", str(config), "--out", str(out), *overrides])
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run with dropout that nothing interrupted, and its settings."""
+    folder = tmp_path_factory.mktemp("long")
+    config = write_run(folder, settings(tiny_llama, tiny_bert, loop=LONG))
+    assert train(config, folder / "out") == 0
+    return config, folder / "out"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    long_run: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    config, whole = long_run
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "training", "train", str(config), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_bytes().splitlines()) > 8:
+                process.send_signal(number)
+                break
+            time.sleep(0.005)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (0 if number == signal.SIGTERM else -number), said.decode()
+    stopped = json.loads((out / "last" / "progress.json").read_text())["step"]
+    logged = max(line["step"] for line in read_metrics(out))
+    assert 5 <= stopped < STEPS
+    assert stopped == logged if number == signal.SIGTERM else logged - stopped <= 5
+    assert train(config, out) == 0
+    assert losses(out) == losses(whole)  # the same numbers, not nearly the same
+    for name in ("compressor.safetensors", "adapter.safetensors", "optimizer.safetensors"):
+        one, other = load_file(out / "last" / name), load_file(whole / "last" / name)
+        assert all(torch.equal(one[key], other[key]) for key in one | other)
+    assert read_metrics(out, "dev") == read_metrics(whole, "dev")
+
+
+def test_a_finished_run_is_left_as_it_is(long_run: tuple[Path, Path]) -> None:
+    config, whole = long_run
+    before = (whole / "last" / "progress.json").stat().st_mtime_ns
+    assert train(config, whole) == 0
+    assert (whole / "last" / "progress.json").stat().st_mtime_ns == before
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
+
+
+def test_the_loss_goes_down(long_run: tuple[Path, Path]) -> None:
+    values = list(losses(long_run[1]).values())
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+
+
+@pytest.mark.parametrize("kind", ["n_layers", "encoder"])
+def test_a_handful_of_examples_is_learned_by_heart(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, kind: str
+) -> None:
+    encoder = tiny_bert if kind == "encoder" else None
+    loop = {"epochs": 60, "batch_size": 4, "eval_every": 60, "micro_batch_tokens": 2000, "log_every": 60}
+    optimizer = {"compressor_lr": 3e-3, "generator_lr": 1e-2, "weight_decay": 0.0}
+    values = settings(tiny_llama, encoder, loop=loop, optimizer=optimizer, loss={"relevance": 0.0})
+    values["model"]["generator"]["lora"]["r"] = 8
+    config = write_run(tmp_path, values, make_rows(4))
+    assert train(config, tmp_path / "out") == 0
+    last = read_metrics(tmp_path / "out", "dev")[-1]
+    assert last["f1_compressed"] == 1.0
+    assert read_metrics(tmp_path / "out")[-1]["loss_answer"] < 0.1
+
+
+def test_it_stops_when_dev_gets_no_better(tiny_llama: Path, tmp_path: Path) -> None:
+    # Next to no learning rate: nothing gets better after the first evaluation.
+    loop = {"epochs": 20, "eval_every": 2, "patience": 2}
+    rates = {"compressor_lr": 1e-12, "generator_lr": 1e-12, "weight_decay": 0.0}
+    config = write_run(tmp_path, settings(tiny_llama, loop=loop, optimizer=rates))
+    assert train(config, tmp_path / "out") == 0
+    assert len(losses(tmp_path / "out")) == 6
+    progress = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())
+    assert (progress["step"], progress["evaluations_since_best"]) == (6, 2)
+
+
+def test_best_and_last_hold_what_the_service_needs(long_run: tuple[Path, Path]) -> None:
+    for name in ("best", "last"):
+        folder = long_run[1] / name
+        assert json.loads((folder / "config.json").read_text())["trained"] is True
+        assert json.loads((folder / "summary.json").read_text())["steps"] <= STEPS
+        assert {"slots", "relevance.weight"} <= load_file(folder / "compressor.safetensors").keys()
+        assert all(key.startswith("base_model.model.") for key in load_file(folder / "adapter.safetensors"))
+    lines = read_metrics(long_run[1])
+    assert all(0 <= line["padding_share"] < 1 and line["tokens_per_s"] > 0 for line in lines)
+
+
+def test_a_run_can_start_from_another(long_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = long_run
+    arguments = [f"start={whole / 'best'}", "loop.max_steps=1"]
+    assert train(config, tmp_path / "out", *arguments) == 0
+    assert losses(tmp_path / "out")[1] < 0.9 * losses(whole)[1]
+    assert train(config, tmp_path / "other", *arguments, "model.compressor.pointer_window=2") == 0
+    assert train(config, tmp_path / "wrong", *arguments, "model.compressor.rates=[8,2]") == 1  # more slots
+
+
+@pytest.mark.parametrize("change", ["optimizer.train_embeddings=false", "model.compressor.rates=[8,2]"])
+def test_other_settings_do_not_resume(
+    long_run: tuple[Path, Path], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, whole = long_run
+    assert train(config, whole, change) == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    assert train(config, whole) == 0
+
+
+def test_bad_rows_are_counted_and_skipped_or_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama, loop={"max_steps": 1}))
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"id": "r0", "query": "again"}\n{broken\n')
+    assert train(config, tmp_path / "out") == 0
+    assert "12 of 14 rows kept" in capsys.readouterr().out
+    assert train(config, tmp_path / "refused", "data.on_bad_row=refuse") == 1
+    assert "line 13" in capsys.readouterr().err
+
+
+def test_long_text_prompts_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    data = {"modes": {"text": 1.0}, "prompt_tokens": 165}
+    config = write_run(tmp_path, settings(tiny_llama, data=data))
+    assert train(config, tmp_path / "out") == 0
+    skipped = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())["skipped"]
+    assert 0 < skipped < 12
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama, loop={"max_steps": 1}))
+    monkeypatch.setattr("training.objective.answer_loss", lambda *given: answer_loss(*given) * float("nan"))
+    assert train(config, tmp_path / "out") == 0
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "out/last/compressor.safetensors").values())
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file may grow over `size` bytes: what a full disk looks like to the writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tiny_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_llama)
+    model, _, _ = build_trainee(config, AccelerateRuntime())
+    last = tmp_path / "last"
+    save_weights(model, config, Progress(step=1), last)
+    before = folder_bytes(last)
+    with file_limit(50_000), pytest.raises(CheckpointError, match="cannot be written"):
+        save_weights(model, config, Progress(step=2), last)
+    assert folder_bytes(last) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    save_weights(model, config, replace(Progress(), step=2), last)
+    assert json.loads((last / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_kill_between_the_renames_is_undone(tmp_path: Path) -> None:
+    write_folder(tmp_path / "last", {"a.safetensors": {"x": torch.ones(1)}}, {"b.json": "1"})
+    (tmp_path / "last").rename(tmp_path / ".last.old")
+    recover_folder(tmp_path / "last")
+    assert (tmp_path / "last" / "b.json").read_text() == "1"
+    (tmp_path / ".last.partial").mkdir()  # a kill while the next was written
+    write_folder(tmp_path / "last", {"a.safetensors": {"x": torch.ones(1)}}, {"b.json": "2"})
+    assert (tmp_path / "last" / "b.json").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_metrics_after_the_last_save_are_taken_back(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    with MetricsLog(tmp_path, enabled=True, step=2) as log:
+        log.write(3, "train", {"loss": 0.5})
+    assert losses(tmp_path) == {1: 1.0, 2: 1.0, 3: 0.5}
+
+
+def test_the_rate_rises_and_falls_in_straight_lines() -> None:
+    factors = [schedule(step, 100, 0.05) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:] == pytest.approx([(100 - step) / 95 for step in range(5, 100)])
+    assert schedule(0, 1, 0.05) == 1.0

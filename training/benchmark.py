@@ -1,0 +1,119 @@
+"""`benchmark`: trained tokens a second of the loop's real step, beside a bare forward and backward of the same shapes.
+
+Both are measured in one run, taking turns, so that a busy machine slows them alike. Writes nothing.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from core.model import Model
+from training.config import TrainConfig, load_config
+from training.objective import Objective
+from training.runtime import DEVICES, Runtime, choose_runtime
+from training.step import train_step, update
+from training.task import load_examples, question_task
+from training.train import iterate_batches
+from training.trainee import build_trainee
+
+Shape = tuple[nn.Module, int, int]
+
+
+@contextmanager
+def record_shapes(modules: list[nn.Module], shapes: list[Shape]) -> Iterator[None]:
+    """Note `(module, rows, positions)` of every pass of `modules`, in order."""
+
+    def note(module: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+        shapes.append((module, *kwargs["inputs_embeds"].shape[:2]))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def bare_step(model: Model, shapes: list[Shape], config: TrainConfig, runtime: Runtime) -> None:
+    """Forward and backward of the transformers alone: random embeddings, no padding, no data, no optimiser.
+
+    The generator's backward reaches its inputs, as it must to train a compressor.
+    """
+    for module, rows, positions in shapes:
+        inside = module is model.compressor.backbone
+        width = model.compressor.slots.shape[1] if inside else model.generator.hidden_size
+        dtype = torch.float32 if inside else model.generator.dtype
+        inputs = torch.randn(rows, positions, width, device=runtime.device, dtype=dtype, requires_grad=True)
+        with runtime.autocast(config.loop.precision):
+            hidden = module(inputs_embeds=inputs).last_hidden_state
+        hidden.sum().backward()
+    model.compressor.zero_grad(set_to_none=True)
+    model.generator.zero_grad(set_to_none=True)
+    runtime.end_step()
+
+
+def measure(config: TrainConfig, steps: int, runtime: Runtime) -> dict[str, float]:
+    """Medians over `steps` steps after one that warms up."""
+    task = question_task(config)
+    model, groups, names = build_trainee(config, runtime)
+    task.check(model)
+    optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
+    objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
+    modules: list[nn.Module] = [model.compressor.backbone, model.generator.model.base_model]
+    ratios, rates, bare_rates = [], [], []
+    real = padded = 0.0
+    for step, epoch, indices in iterate_batches(task.lengths, config, 0):
+        if step > steps:
+            break
+        shapes: list[Shape] = []
+        with record_shapes(modules, shapes):
+            start = time.perf_counter()
+            examples, _ = load_examples(task, model, indices, f"{config.loop.seed}/{epoch}")
+            sums = train_step(objective, examples, config, runtime)
+            update(optimizer, names, config, 1.0, runtime)
+            middle = time.perf_counter()
+        bare_step(model, shapes, config, runtime)
+        end = time.perf_counter()
+        if step == 0:
+            continue
+        rates.append(sums["real"] / (middle - start))
+        bare_rates.append(sums["padded"] / (end - middle))
+        ratios.append((end - middle) / (middle - start))
+        real, padded = real + sums["real"], padded + sums["padded"]
+    if not ratios:
+        raise ConfigError("data.train: too few rows for one measured step; lower loop.batch_size")
+    return {
+        "steps": float(len(ratios)),
+        "tokens_per_s": median(rates),
+        "bare_positions_per_s": median(bare_rates),
+        "ratio": median(ratios),
+        "padding_share": 1 - real / padded,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m training benchmark`."""
+    parser.add_argument("config", type=Path, help="the settings of a training run")
+    parser.add_argument("overrides", nargs="*", help="settings to change, as a.b=c")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (default 10)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA if there is one, else CPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print one JSON object. Raises ScaledownError for what the user can mend.
+
+    `ratio`: seconds of a bare forward and backward / seconds of a whole step, from reading the rows to new weights.
+    """
+    if args.steps < 1:
+        raise ConfigError("--steps: must be at least 1")
+    config = load_config(args.config, args.overrides)
+    measured = measure(config, args.steps, choose_runtime(args.device))
+    print(json.dumps({name: round(value, 4) for name, value in measured.items()}))

@@ -1,0 +1,153 @@
+"""`pretrain`: auto-encoding and continuation on plain text, through the one training loop.
+
+Half of the examples ask for the compressed text word for word, the others for what follows it (COCOM, arXiv
+2407.09252 sec. 3.2; OSCAR app. J). An `encoder` compressor with the memory readout needs it: its projection begins
+random, and the generator cannot read it. Knows no questions and no answers.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from core.errors import ConfigError
+from core.model import Model
+from core.passages import Passage, chunk_passage
+from core.pipeline import prepare, rows_of
+from core.tokenization import encode
+from training.batches import TrainExample
+from training.config import TrainConfig
+from training.data_format import check_string, number_lines, parse_json_line
+from training.data_quality import ReadPolicy, ReadReport, parse_records
+from training.dev import dev_losses
+from training.objective import Objective
+from training.task import Task
+from training.train import add_run_arguments, run_task
+
+Kind = Literal["autoencoding", "continuation"]
+
+# Several wordings each: what is learned is the task, not one string.
+INSTRUCTIONS: dict[Kind, tuple[str, ...]] = {
+    "autoencoding": (
+        "Repeat the background word for word.",
+        "What does the background say? Write it out in full.",
+        "Reproduce the passage exactly.",
+        "Copy the text of the background.",
+    ),
+    "continuation": (
+        "Continue the text of the background.",
+        "How does the passage go on?",
+        "Write what comes after the background.",
+        "What follows this text?",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text of a corpus; `id` is the number of its line."""
+
+    id: str
+    passage: Passage
+
+
+def text_task(config: TrainConfig) -> Task:
+    """Repeating and continuing texts. Raises DataError and ConfigError where the data cannot be used."""
+    if not config.loss.answer:
+        raise ConfigError("loss.answer: pretraining has no other loss")
+    texts = load_texts(config, config.data.train)
+    dev_texts = load_texts(config, config.data.dev)[: config.data.dev_questions or None]
+
+    def evaluate(objective: Objective) -> dict[str, float]:
+        return evaluate_texts(objective, dev_texts, config)
+
+    def example(model: Model, index: int, key: str) -> TrainExample:
+        rng = random.Random(f"{key}/{texts[index].id}")
+        kind: Kind = "autoencoding" if rng.random() < config.data.autoencoding else "continuation"
+        return make_text_example(model, texts[index].passage, kind, config.data.answer_tokens, rng)
+
+    return Task([len(text.passage.content) for text in texts], example, evaluate)
+
+
+def evaluate_texts(objective: Objective, texts: Sequence[Text], config: TrainConfig) -> dict[str, float]:
+    """Loss per token of each kind on the same examples every time."""
+    objective.eval()
+    model, most = objective.model, config.data.answer_tokens
+    shares: dict[Kind, float] = {
+        "autoencoding": config.data.autoencoding,
+        "continuation": 1 - config.data.autoencoding,
+    }
+    scores = {}
+    for kind in (kind for kind, share in shares.items() if share > 0):
+        examples = [
+            make_text_example(model, text.passage, kind, most, random.Random(f"dev/{text.id}")) for text in texts
+        ]
+        scores[f"loss_{kind}"] = dev_losses(objective, examples, config)["loss_answer"]
+    objective.train()
+    return scores
+
+
+def make_text_example(model: Model, passage: Passage, kind: Kind, most: int, rng: random.Random) -> TrainExample:
+    """One chunk of the text compressed, and itself or what follows it as the target, cut to `most` tokens.
+
+    A text of one chunk has nothing that follows: it is repeated. Raises InputError for a text without tokens.
+    """
+    tokenizer, size = model.generator.tokenizer, model.config.compressor.chunk_tokens
+    chunks = chunk_passage(passage, 0, tokenizer, model.compressor.tokenizer, size)
+    if len(chunks) == 1:
+        kind = "autoencoding"
+    place = rng.randrange(len(chunks) if kind == "autoencoding" else len(chunks) - 1)
+    chunk = chunks[place]
+    request = prepare(model, rng.choice(INSTRUCTIONS[kind]), [Passage(passage.content[chunk.start : chunk.end])])
+    rate = rng.choice(model.config.compressor.rates)
+    content = request.passages[0].content
+    if kind == "autoencoding":
+        answer_ids = model.template.answer_ids(content)[:most]
+    else:
+        # What follows does not end here, so no end of turn is learned.
+        answer_ids = encode(tokenizer, passage.content[chunk.end :]).ids[:most]
+    return TrainExample(request, rows_of(model, request, rate), "compressed", answer_ids, None, [])
+
+
+def load_texts(config: TrainConfig, name: str) -> list[Text]:
+    """Texts of a JSONL file, one object `{"text", "title"?}` a line; what was wrong with others is printed."""
+    path = Path(name)
+    report = ReadReport(path.name)
+    policy = ReadPolicy(on_problem=config.data.on_bad_row)
+    lines = ((number, (number, line)) for number, line in number_lines(path))
+    texts = list(parse_records(lines, parse_text, policy, report))
+    tqdm.write(str(report))
+    if not texts:
+        raise ConfigError(f"data: {name} has no usable text")
+    return texts
+
+
+def parse_text(numbered: tuple[int, bytes]) -> Text:
+    """A text from one numbered line. Raises RowError."""
+    number, line = numbered
+    values = parse_json_line(line)
+    title = check_string(values["title"], "title") if values.get("title") else ""
+    return Text(str(number), Passage(check_string(values.get("text", ""), "text"), title))
+
+
+def pretrain_config(config: TrainConfig) -> TrainConfig:
+    """`config` with only the loss that texts have."""
+    return replace(config, loss=replace(config.loss, kl=0.0, relevance=0.0, alignment=0.0))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m training pretrain`."""
+    parser.description = (
+        "Auto-encoding and continuation on texts (JSONL with `text` and `title`, .gz or not) before `train`, which "
+        "goes on from it with start=RUN/best. Takes the same settings; data.train and data.dev are the texts."
+    )
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Entry point of `python -m training pretrain`."""
+    run_task(args, text_task, pretrain_config)

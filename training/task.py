@@ -1,0 +1,92 @@
+"""What a run trains on, as the loop sees it: examples by index, and a way to tell how good the model is at them.
+
+Here is question answering; `training/pretrain.py` has the other one. Knows no optimiser and no steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from core.errors import ConfigError, InputError
+from core.model import Model
+from training.batches import TrainExample, make_example, row_length
+from training.config import TrainConfig
+from training.data_format import Row, read_rows
+from training.data_quality import ReadPolicy
+from training.dev import evaluate_dev
+from training.objective import Objective
+from training.teacher_logits import TeacherLogits, tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the loop.
+
+    lengths   for each example, a cheap stand-in for its cost; batches hold examples of like length
+    example   the example of an index, sampled with randomness that the key determines; None where it is over a limit.
+              Raises InputError for one that cannot be used
+    evaluate  scores on dev examples, the same ones every time; `training.dev.dev_score` makes one number of them
+    check     raises ConfigError where the data does not fit the model; called once, before the first step
+    """
+
+    lengths: Sequence[int]
+    example: Callable[[Model, int, str], TrainExample | None]
+    evaluate: Callable[[Objective], dict[str, float]]
+    check: Callable[[Model], None] = lambda model: None
+
+
+def question_task(config: TrainConfig) -> Task:
+    """Answering questions from their passages. Raises DataError and ConfigError where the data cannot be used."""
+    rows = load_rows(config, config.data.train)
+    dev_rows = load_rows(config, config.data.dev)[: config.data.dev_questions or None]
+    logits = TeacherLogits(Path(config.data.logits)) if config.loss.kl > 0 else None
+
+    def example(model: Model, index: int, key: str) -> TrainExample | None:
+        made = make_example(model, rows[index], config.data, config.loss, f"{key}/{rows[index].id}", logits)
+        return None if over_prompt_limit(made, config.data.prompt_tokens) else made
+
+    def check(model: Model) -> None:
+        if logits is not None:
+            check_logits(model, rows, logits)
+
+    lengths = [row_length(row, config.data.passages) for row in rows]
+    return Task(lengths, example, lambda objective: evaluate_dev(objective, dev_rows, config), check)
+
+
+def load_rows(config: TrainConfig, name: str) -> list[Row]:
+    """Rows of a data file; what was wrong with the others is printed with line numbers."""
+    rows, report = read_rows(Path(name), ReadPolicy(on_problem=config.data.on_bad_row))
+    tqdm.write(str(report))
+    if not rows:
+        raise ConfigError(f"data: {name} has no usable row")
+    return rows
+
+
+def over_prompt_limit(example: TrainExample, most: int) -> bool:
+    """Whether passages as text would make the generator's prompt longer than `most` tokens."""
+    text = sum(len(chunk.generator_ids) for chunk in example.request.chunks)
+    return example.mode != "compressed" and text + len(example.answer_ids) + 128 > most
+
+
+def check_logits(model: Model, rows: Sequence[Row], logits: TeacherLogits) -> None:
+    """Raises ConfigError where the logits are of another tokenizer, or of none of the rows."""
+    if logits.tokenizer != tokenizer_fingerprint(model.generator.tokenizer.get_vocab()):
+        raise ConfigError("data.logits: the teacher has another tokenizer than model.generator.base_model")
+    known = sum(row.id in logits for row in rows)
+    tqdm.write(f"data.logits: {known} of {len(rows)} rows have the teacher's logits")
+    if not known:
+        raise ConfigError("data.logits: they are of none of the rows of data.train")
+
+
+def load_examples(task: Task, model: Model, indices: Sequence[int], key: str) -> tuple[list[TrainExample], int]:
+    """The examples of one batch, and how many were skipped because they cannot be used."""
+    examples = []
+    for index in indices:
+        try:
+            example = task.example(model, index, key)
+        except InputError:
+            continue
+        examples += [] if example is None else [example]
+    return examples, len(indices) - len(examples)
