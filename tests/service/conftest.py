@@ -1,6 +1,7 @@
 """A real server on a real socket, in a thread of the test process, around a tiny model."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig, RelevanceConfig
 from core.model import Model, build_model
 from service.app import create_app
+from service.server import Server
 from service.settings import Settings
 
 Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
@@ -49,11 +51,17 @@ def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class InThread(Server):
+    """The service's server; only a process's main thread may listen for signals."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await uvicorn.Server.startup(self, sockets)
+
+
 @contextlib.contextmanager
 def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
     """Run `app` until the block ends; yields a client of it."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on")
-    server = uvicorn.Server(config)
+    server = InThread(app, make_settings())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

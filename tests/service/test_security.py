@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from core.errors import ConfigError
 from service.logs import JsonFormatter
+from service.server import PatientProtocol
 from service.settings import Settings, check_environment
 from tests.service.calls import PASSAGES, QUERY, error
 from tests.service.conftest import Serve, make_settings
@@ -90,6 +91,23 @@ def test_a_body_that_trickles_in_is_given_up(serve: Serve) -> None:
         began = time.monotonic()
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - began < 5
+
+
+def test_a_head_that_trickles_in_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "head_seconds", 0.3)
+    with serve() as client:
+        for first in (b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"):  # on a fresh connection, and after a request
+            with connect(client) as connection:
+                if first:
+                    connection.sendall(first)
+                    received = b""
+                    while b"alive" not in received:
+                        received += connection.recv(4096)
+                connection.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+                began = time.monotonic()
+                assert connection.recv(4096) == b""
+                assert time.monotonic() - began < 5
+        assert client.get("/livez").status_code == 200
 
 
 def test_bodies_in_memory_have_a_common_limit(serve: Serve) -> None:

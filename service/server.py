@@ -1,0 +1,110 @@
+"""uvicorn with our ending and our patience: signals drain, and a request's head has to arrive in time."""
+
+import asyncio
+import logging
+import signal
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+HEAD_SECONDS = 10.0
+
+
+class PatientProtocol(H11Protocol):
+    """Closes a connection whose request line and headers do not arrive in time (uvicorn waits for ever).
+
+    The body has a time limit of its own, and silence between two requests is uvicorn's `timeout_keep_alive`.
+    """
+
+    head_seconds = HEAD_SECONDS
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client has connected."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """A client has sent something."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A client has left."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        cycle = getattr(self, "cycle", None)  # None before the first request, whatever uvicorn's annotation says
+        if cycle is not None and not cycle.response_complete:
+            self._stop()  # a request has begun: its head is here
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.head_seconds, self._give_up)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our shutdown: running requests get a limit, the rest a clear error, the exit code is 0."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=PatientProtocol,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # Ours comes first: it answers what it cannot finish. This one is for connections that never end.
+            timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        super().__init__(config)
+        self._app = app
+        self._drain_seconds = settings.drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Start as usual, then listen for SIGHUP."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        if not self.should_exit:
+            self._call(self._drain)
+        self.should_exit = True
+
+    def _call(self, action: Any) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(action)
+
+    def _follow_link(self) -> None:
+        checkpoints = getattr(self._app.state, "checkpoints", None)
+        if checkpoints is not None:
+            self._tasks.append(asyncio.create_task(checkpoints.follow_link()))
+
+    def _drain(self) -> None:
+        engine = getattr(self._app.state, "engine", None)
+        if engine is not None:
+            log.info("draining", extra={"requests": engine.gate.requests})
+            self._tasks.append(asyncio.create_task(engine.drain(self._drain_seconds)))
