@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.scaledown-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base-models demo test lint format clean
+.PHONY: help setup base-models demo bench test lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -36,6 +36,9 @@ base-models: $(STAMP)
 
 demo: setup ## start the service on a fresh or the shipped checkpoint, ask one question in three modes, stop it
 	@$(BIN)/python -m service.demo
+
+bench: setup ## text, compressed and hybrid side by side: speed, operations, memory; writes runs/benchmark (an hour)
+	$(BIN)/python -m service.benchmark engine
 
 test: setup ## set up, then types, lint, format and the whole test suite
 	$(BIN)/python -m mypy --strict

@@ -1,0 +1,99 @@
+"""What a piece of work costs: time or floating point operations by stage, and memory. Knows no models.
+
+Operations are counted while the work runs on its ordinary kernels, the fused attention of CPUs included, which
+PyTorch's own counter passes over.
+"""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+class Stages:
+    """What each stage of a run took of a quantity that only grows: seconds, operations.
+
+    values  by stage, in order of first entry; a stage that is entered again adds up
+    """
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self.values: dict[str, float] = {}
+        self._read = read
+        self._current: str | None = None
+        self._since = 0.0
+
+    def enter(self, stage: str) -> None:
+        """End the running stage and begin `stage`; nothing happens where it runs already."""
+        if stage == self._current:
+            return
+        self.end()
+        self._current, self._since = stage, self._read()
+
+    def end(self) -> None:
+        """End the running stage."""
+        if self._current is not None:
+            passed = self._read() - self._since
+            self.values[self._current] = self.values.get(self._current, 0) + passed
+            self._current = None
+
+    @property
+    def total(self) -> float:
+        """All stages together."""
+        return sum(self.values.values())
+
+
+@contextmanager
+def flop_stages() -> Iterator[Stages]:
+    """Stages in floating point operations: two for each multiply-and-add of a matrix product.
+
+    Attention counts as the whole square of positions, causal or not, as in PyTorch's `FlopCounterMode`.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) as counter:
+        stages = Stages(counter.get_total_flops)
+        yield stages
+        stages.end()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the fused kernel, from the shapes `(B, heads, T, head_dim)` that the counter puts in the tensors' place."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak. Where the system cannot (only Linux resets a process's), the peak is that of its whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        try:
+            CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set size
+        except OSError:  # a sandbox may forbid it
+            return
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: allocated on a CUDA device, resident in the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def current_memory(device: torch.device) -> int:
+    """Bytes now, counted as `peak_memory` counts; 0 where the system does not tell."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0

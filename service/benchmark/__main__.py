@@ -1,0 +1,143 @@
+"""`python -m service.benchmark`: measure the engine, the service under load, and how costs grow.
+
+Figures are of the machine they are printed with; compare ratios. Nothing else should run beside a measurement.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from core.errors import ScaledownError
+from service.settings import Settings
+
+EPILOG = """
+  python -m service.benchmark engine                          the shipped checkpoint, else an untrained model
+  python -m service.benchmark engine --checkpoint checkpoints/mine --dtype bfloat16 --threads 2
+  python -m service.benchmark load --clients 1 8 32           starts a service, loads it, stops it
+  python -m service.benchmark load --url http://127.0.0.1:8000 --checkpoint checkpoints/mine
+  python -m service.benchmark scaling --quick                 a smoke run of a few sizes
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: options of all commands, then their own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service.benchmark",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="engine | load | scaling")
+    shared = _shared_options()
+    _add_engine(commands.add_parser("engine", parents=[shared], help="text, compressed and hybrid side by side"))
+    _add_load(commands.add_parser("load", parents=[shared], help="a service under closed and open load"))
+    _add_scaling(commands.add_parser("scaling", parents=[shared], help="costs against passages, lengths, concurrency"))
+    return parser
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--checkpoint", type=Path, help="checkpoint folder (default: the shipped one, else an untrained model)")
+    add("--base-model", help="generator of the untrained model (default: smollm2-135m)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+    add("--threads", type=int, default=0, help="threads of one operation on the CPU; 0: torch decides")
+    add("--passage-tokens", type=_count, default=128, help="generator tokens of a passage (default: %(default)s)")
+    add("--new-tokens", type=_count, default=32, help="tokens of every answer (default: %(default)s)")
+    add("--repeats", type=_count, default=5, help="timed repeats, without the warm-up (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmark"),
+        help="folder of the JSON and the plots (default: %(default)s)",
+    )
+    add("--quick", action="store_true", help="the smallest sizes, once: does it work? Its figures mean nothing")
+    return shared
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--passages", type=_count, nargs="+", default=[5, 10, 20, 50], help="default: %(default)s")
+    parser.add_argument("--batch", type=_count, default=8, help="questions at a time, saturated (default: %(default)s)")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--url", default="", help="a running service on this machine that serves --checkpoint (default: starts one)")
+    add("--key", default="", help="API key, if the service asks for one")
+    add("--clients", type=_count, nargs="+", default=[1, 8, 32], help="closed loop: clients that wait for their answer")
+    add("--rates", type=float, nargs="*", default=[0.5, 0.9], help="open loop: arrivals, by the saturated throughput")
+    add("--requests", type=_count, default=64, help="requests of one load (default: %(default)s)")
+    add("--passages", type=_count, nargs="+", default=[1, 5, 5, 10, 20], help="sizes that are mixed")
+    add("--mode", choices=("compressed", "hybrid", "text"), default="compressed")
+
+
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--passages", type=_count, nargs="+", default=[1, 2, 5, 10, 20, 50, 100, 200], help="default: %(default)s")
+    add("--lengths", type=_count, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="tokens of a passage")
+    add("--variant", choices=("transformers", "text", "compressed", "hybrid"), default="compressed")
+    add("--concurrency", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="questions at a time")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        result, text = _run(options)
+    except ValidationError as error:
+        for problem in error.errors():
+            print(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
+        return 2
+    except ScaledownError as error:
+        print(error.message, file=sys.stderr)
+        return 2
+    print(text)
+    _write(options.output, options.command, result)
+    return 1 if any(load["failed"] for load in result.get("loads", ())) else 0
+
+
+def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    # Late: these import torch, and --help should not take seconds.
+    from service.benchmark import commands
+
+    given = {name: getattr(options, name) for name in ("checkpoint", "base_model", "dtype", "device", "threads")}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    run = {"engine": commands.engine, "load": commands.load, "scaling": commands.scaling}[options.command]
+    return run(options, settings, _notify)
+
+
+def _notify(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(folder: Path, command: str, result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{command}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    try:
+        from service.benchmark.plots import draw
+    except ImportError:
+        print("no plots: they need matplotlib, which the extra `training` brings", file=sys.stderr)
+        return
+    for name, svg in draw(command, result).items():
+        path = folder / f"{name}.svg"
+        path.write_text(svg, encoding="utf-8")
+        print(f"written: {path}")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
