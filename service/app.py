@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from core.errors import ScaledownError
 from core.model import Model
-from service import admin, health, routes
+from service import admin, health, routes, web_page
 from service.auth import KeyRing
 from service.checkpoints import Checkpoints
 from service.engine import Engine
@@ -62,7 +62,7 @@ def create_app(
         redoc_url=None,
         docs_url=None,
     )
-    routers = (health.router, routes.router, admin.router)
+    routers = (health.router, routes.router, admin.router, web_page.router)
     for router in routers:
         app.include_router(router)
     _handle_errors(app, settings, metrics)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from service.errors import plain_response
 
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"})
+OPEN_FOLDER = "/page/"  # the web page's own files: it has to be there before it can ask for a key
 HASHED = "sha256:"
 
 
@@ -27,7 +28,7 @@ class KeyRing:
             if not self._admin:
                 return plain_response(404, "there is nothing at this path")
             return self._check(headers, self._admin)
-        if path in OPEN_PATHS or not self._api:
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or not self._api:
             return None
         return self._check(headers, self._api)
 

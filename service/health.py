@@ -18,13 +18,6 @@ CHECK_SECONDS = 0.5
 GOODBYE_SECONDS = 1.0
 
 
-@router.get("/")
-async def index() -> Response:
-    """What there is to call."""
-    endpoints = {"POST": ["/answer", "/rerank", "/compress"], "GET": ["/livez", "/readyz", "/metrics", "/openapi.json"]}
-    return JSONResponse({"service": "scaledown", "endpoints": endpoints})
-
-
 @router.get("/livez")
 async def livez(request: Request) -> Response:
     """200 while the process can do work; 503 when its worker is dead or stuck, and a restart is due."""
