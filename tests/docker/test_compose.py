@@ -1,0 +1,144 @@
+"""docker-compose.yml: what it promises about settings, shutdown, isolation and secrets. No engine runs here."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = (ROOT / "docker-compose.yml").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = ("service-cpu", "service-gpu")
+UNITS = {"s": 1, "m": 60, "h": 3600}
+# What uvicorn gives connections beyond the drain, and the worker's thread to end (service/__main__.py, engine.py).
+AFTER_DRAIN_SECONDS = 10
+
+
+def with_defaults(value: str) -> str:
+    """A value as Compose reads it where no variable is set."""
+    return re.sub(r"\$\{\w+(?::-([^}]*))?\}", lambda match: match[1] or "", value)
+
+
+def environment_of(service: str) -> dict[str, str | None]:
+    given = SERVICES[service].get("environment", {})
+    return given if isinstance(given, dict) else dict.fromkeys(given)
+
+
+def gibibytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)g", with_defaults(text))
+    assert match, text
+    return int(match[1]) * 2**30
+
+
+def test_profiles_are_those_documented() -> None:
+    profiles = {profile for service in SERVICES.values() for profile in service["profiles"]}
+    assert profiles == {"cpu", "gpu", "training", "monitoring"}
+    assert all(f"`{profile}`" in (ROOT / "docker/README.md").read_text() for profile in profiles)
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    named = {name.removeprefix(PREFIX).lower() for name in re.findall(rf"{PREFIX}[A-Z_]+", TEXT)}
+    assert named
+    assert named <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_the_settings_that_are_given_are_valid(service: str) -> None:
+    given = {
+        name.removeprefix(PREFIX).lower(): with_defaults(value)
+        for name, value in environment_of(service).items()
+        if name.startswith(PREFIX) and value is not None
+    }
+    settings = Settings.model_validate(given)
+    assert settings.device == ("cuda" if service == "service-gpu" else "cpu")
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_the_service_drains_before_it_is_killed(service: str) -> None:
+    match = re.fullmatch(r"(\d+)([smh])", SERVICES[service]["stop_grace_period"])
+    assert match
+    grace = int(match[1]) * UNITS[match[2]]
+    drain = float(environment_of(service)["SCALEDOWN_DRAIN_SECONDS"] or Settings.model_fields["drain_seconds"].default)
+    assert grace > drain + AFTER_DRAIN_SECONDS
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_loaded_models_fit_the_memory_limit(service: str) -> None:
+    limits = SERVICES[service]["deploy"]["resources"]["limits"]
+    models = int(with_defaults(environment_of(service)["SCALEDOWN_MAX_MODEL_BYTES"] or "0"))
+    stored = Settings.model_fields["store_bytes"].default + Settings.model_fields["max_buffered_bytes"].default
+    if service == "service-cpu":  # on a GPU the models are in its own memory
+        assert models + stored < gibibytes(limits["memory"])
+    assert int(limits["pids"]) > 0
+    assert limits["cpus"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_containers_are_hardened(service: str) -> None:
+    given = SERVICES[service]
+    assert given["read_only"] is True
+    assert given["cap_drop"] == ["ALL"]
+    assert given["security_opt"] == ["no-new-privileges:true"]
+    assert given["init"] is True  # else a process with id 1 ignores SIGTERM until it has handlers
+    assert not {"privileged", "network_mode", "pid", "ipc"} & set(given)
+    assert not any("docker.sock" in volume for volume in given["volumes"])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_have_an_exact_tag_or_are_built_here(service: str) -> None:
+    given = SERVICES[service]
+    if "build" in given:
+        assert (ROOT / given["build"]["dockerfile"]).is_file()
+        dockerfile = (ROOT / given["build"]["dockerfile"]).read_text()
+        assert re.search(rf" AS {given['build']['target']}$", dockerfile, re.MULTILINE)
+        assert f" AS environment-{given['build']['args']['ACCELERATOR']}\n" in dockerfile
+    else:
+        assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+", given["image"])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_ports_are_open_to_this_machine_only(service: str) -> None:
+    assert all(with_defaults(port).startswith("127.0.0.1:") for port in SERVICES[service].get("ports", []))
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_mounted_files_and_volumes_exist(service: str) -> None:
+    for mount in SERVICES[service]["volumes"]:
+        source = mount.split(":")[0]
+        if source.startswith("./docker/"):
+            assert (ROOT / source).is_file(), source
+            assert mount.endswith(":ro")
+        elif not source.startswith("./"):  # checkpoints, data and runs are folders of the user's
+            assert source in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_only_the_fetch_may_write_base_models(service: str) -> None:
+    fetch = service.replace("service", "base-model")
+    assert SERVICES[service]["depends_on"] == {fetch: {"condition": "service_completed_successfully"}}
+    assert SERVICES[service]["image"] == SERVICES[fetch]["image"]
+    assert {"cache:/cache:ro", "./checkpoints:/app/checkpoints:ro"} == set(SERVICES[service]["volumes"])
+    assert "cache:/cache" in SERVICES[fetch]["volumes"]
+    assert "ports" not in SERVICES[fetch]
+
+
+def test_secrets_are_files_and_settings() -> None:
+    for name, given in COMPOSE["secrets"].items():
+        assert name.removeprefix(PREFIX.lower()) in Settings.model_fields
+        assert (ROOT / with_defaults(given["file"])).read_text() == ""  # unless one is given, there is no key
+    for service in OURS:
+        assert set(SERVICES[service]["secrets"]) == set(COMPOSE["secrets"])
+        assert not {"SCALEDOWN_API_KEYS", "SCALEDOWN_ADMIN_KEY"} & set(environment_of(service))
+
+
+@pytest.mark.parametrize("service", ["service-gpu", "training"])
+def test_gpus_are_reserved(service: str) -> None:
+    [device] = SERVICES[service]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["driver"] == "nvidia"
+    assert device["capabilities"] == ["gpu"]
+    assert device["count"]
