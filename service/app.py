@@ -17,6 +17,8 @@ from core.model import Model
 from service import admin, health, routes, web_page
 from service.auth import KeyRing
 from service.checkpoints import Checkpoints
+from service.dialects import openai, rerank
+from service.dialects.errors import DialectErrors
 from service.engine import Engine
 from service.errors import error_response, plain_response, validation_error
 from service.metrics import Metrics
@@ -62,13 +64,21 @@ def create_app(
         redoc_url=None,
         docs_url=None,
     )
-    routers = (health.router, routes.router, admin.router, web_page.router)
+    routers = (
+        health.router,
+        routes.router,
+        rerank.router,
+        openai.router,
+        admin.router,
+        web_page.router,
+    )
     for router in routers:
         app.include_router(router)
     _handle_errors(app, settings, metrics)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
+    app.add_middleware(DialectErrors)
     paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(RequestContext, metrics=metrics, paths=paths)
     return app

@@ -10,6 +10,7 @@ from core.errors import (
     CancelledError,
     CheckpointError,
     InputError,
+    InvalidInputError,
     OverloadedError,
     ScaledownError,
     TooLargeError,
@@ -39,6 +40,12 @@ class UnsupportedError(ScaledownError):
     """The body is not JSON (`Content-Type`)."""
 
     code = "unsupported_media_type"
+
+
+class UnknownModelError(InvalidInputError):
+    """The request names a model that does not serve here."""
+
+    code = "model_not_found"
 
 
 class ErrorDetail(BaseModel):
@@ -93,6 +100,8 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
     match error:
         case TooLargeError():
             return 413
+        case UnknownModelError():
+            return 404
         case InputError():
             return 422
         case UnsupportedError():

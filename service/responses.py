@@ -54,9 +54,9 @@ def compress_response(session: Session, body: CompressRequest, compressed: Compr
     )
 
 
-def rerank_response(session: Session, passages: list[CompressedPassage], top_n: int | None) -> RerankResponse:
+def rerank_response(session: Session, compressed: Compressed, top_n: int | None) -> RerankResponse:
     """The whole response of `/rerank`."""
-    ids = _ids(session)
+    ids, passages = _ids(session), compressed.passages
     best = [passages[index] for index in rerank(passages)[:top_n]]
     results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance) for p in best]
     return RerankResponse(results=results, timings_ms=session.timings_ms(), checkpoint=session.version.model.name)

@@ -1,4 +1,4 @@
-"""An answer as server-sent events: `passages`, any number of `token`, then `done` or `error`. Knows no models.
+"""An answer as server-sent events, in a format of the endpoint's choice. Knows no models.
 
 Comments keep the connection alive while nothing is said; a client that leaves frees its slot at the next token.
 """
@@ -6,8 +6,8 @@ Comments keep the connection alive while nothing is said; a client that leaves f
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,9 +16,52 @@ from service.engine import Session
 from service.errors import error_content
 from service.jobs import Compressed, Delta, Finished
 from service.responses import answer_response, answered_passages, record_response
-from service.schemas import Evidence
+from service.schemas import AnsweredPassage, AnswerResponse, Evidence
 
 log = logging.getLogger(__name__)
+
+
+class AnswerFormat(Protocol):
+    """How an answer is written: in one piece, or from `opening` to `ending` or `failure`."""
+
+    def whole(self, response: AnswerResponse) -> bytes:
+        """The body of a response in one piece."""
+
+    def opening(self, passages: Sequence[AnsweredPassage], checkpoint: str) -> bytes:
+        """What a stream begins with."""
+
+    def piece(self, text: str) -> bytes:
+        """A piece of the answer's text."""
+
+    def ending(self, response: AnswerResponse) -> bytes:
+        """What a complete answer ends with."""
+
+    def failure(self, content: Mapping[str, Any]) -> bytes:
+        """What an answer ends with that cannot be completed; `content` as from `error_content`."""
+
+
+class Events:
+    """The service's own format: events `passages`, any number of `token`, then `done` or `error`."""
+
+    def whole(self, response: AnswerResponse) -> bytes:
+        """The body of a response in one piece."""
+        return response.model_dump_json().encode()
+
+    def opening(self, passages: Sequence[AnsweredPassage], checkpoint: str) -> bytes:
+        """The `passages` event."""
+        return _event("passages", {"passages": [each.model_dump() for each in passages], "checkpoint": checkpoint})
+
+    def piece(self, text: str) -> bytes:
+        """A `token` event."""
+        return _event("token", {"text": text})
+
+    def ending(self, response: AnswerResponse) -> bytes:
+        """The `done` event: what would have been the response in one piece."""
+        return _event("done", response.model_dump())
+
+    def failure(self, content: Mapping[str, Any]) -> bytes:
+        """The `error` event."""
+        return _event("error", content)
 
 
 class AnswerStream(Response):
@@ -27,14 +70,15 @@ class AnswerStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, session: Session, compressed: Compressed, evidence: Mapping[int, Evidence], keepalive_s: float
+        self, session: Session, compressed: Compressed, evidence: Mapping[int, Evidence], form: AnswerFormat
     ) -> None:
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._session = session
         self._compressed = compressed
         self._evidence = evidence
-        self._keepalive_s = keepalive_s
+        self._form = form
+        self._keepalive_s = session.engine.settings.keepalive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the answer is complete or the client leaves."""
@@ -54,8 +98,7 @@ class AnswerStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             passages = answered_passages(self._session, self._compressed, self._evidence)
-            checkpoint = self._session.version.model.name
-            await self._event(send, "passages", {"passages": _plain(passages), "checkpoint": checkpoint})
+            await _send_part(send, self._form.opening(passages, self._session.version.model.name))
             await self._tokens(send)
         except OSError:
             raise
@@ -64,7 +107,7 @@ class AnswerStream(Response):
             if content["error"]["code"] == "internal":
                 log.exception("a stream failed")
             self._session.engine.metrics.errors.labels(content["error"]["code"]).inc()
-            await self._event(send, "error", content)
+            await _send_part(send, self._form.failure(content))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _tokens(self, send: Send) -> None:
@@ -74,23 +117,19 @@ class AnswerStream(Response):
                 # asyncio.wait leaves the pending read alone where wait_for would cancel it and could lose its event.
                 done, _ = await asyncio.wait((waiting,), timeout=self._keepalive_s)
                 if not done:
-                    await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                    await _send_part(send, b": keep-alive\n\n")
                     continue
                 event = waiting.result()
                 if isinstance(event, Finished):
                     response = answer_response(self._session, self._compressed, event, self._evidence)
                     record_response(self._session, self._compressed, response)
-                    await self._event(send, "done", response.model_dump())
+                    await _send_part(send, self._form.ending(response))
                     return
                 waiting = asyncio.ensure_future(self._session.next_event())
                 if isinstance(event, Delta):
-                    await self._event(send, "token", {"text": event.text})
+                    await _send_part(send, self._form.piece(event.text))
         finally:
             waiting.cancel()
-
-    async def _event(self, send: Send, name: str, content: dict[str, Any]) -> None:
-        text = f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
 async def until_disconnect(receive: Receive) -> None:
@@ -99,5 +138,9 @@ async def until_disconnect(receive: Receive) -> None:
         pass
 
 
-def _plain(models: "list[Any]") -> list[dict[str, Any]]:
-    return [model.model_dump() for model in models]
+async def _send_part(send: Send, part: bytes) -> None:
+    await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+def _event(name: str, content: Mapping[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n".encode()

@@ -1,0 +1,66 @@
+"""Typed clients of the service, sync and async. Needs httpx and pydantic, not torch.
+
+with Client("http://127.0.0.1:8000") as client:
+    answer = client.answer("Which metal melts first?", ["Iron melts at 1538 °C.", "Tin melts at 232 °C."])
+    print(answer.answer, answer.usage.tokens_saved)
+"""
+
+from service.client.asynchronous import AsyncClient
+from service.client.blocking import Client
+from service.client.calls import Retry
+from service.client.errors import (
+    AuthenticationError,
+    DeadlineError,
+    FailedError,
+    InvalidRequestError,
+    OverloadedError,
+    ProtocolError,
+    ResponseError,
+    ServiceError,
+    UnreachableError,
+)
+from service.client.results import (
+    Answer,
+    AnsweredPassage,
+    Checkpoints,
+    CompressedPassage,
+    Compression,
+    Done,
+    Embeddings,
+    Passage,
+    PassagesRead,
+    RankedPassage,
+    Ranking,
+    Readiness,
+    Token,
+    Usage,
+)
+
+__all__ = [
+    "Answer",
+    "AnsweredPassage",
+    "AsyncClient",
+    "AuthenticationError",
+    "Checkpoints",
+    "Client",
+    "CompressedPassage",
+    "Compression",
+    "DeadlineError",
+    "Done",
+    "Embeddings",
+    "FailedError",
+    "InvalidRequestError",
+    "OverloadedError",
+    "Passage",
+    "PassagesRead",
+    "ProtocolError",
+    "RankedPassage",
+    "Ranking",
+    "Readiness",
+    "ResponseError",
+    "Retry",
+    "ServiceError",
+    "Token",
+    "UnreachableError",
+    "Usage",
+]

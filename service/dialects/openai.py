@@ -1,0 +1,97 @@
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/models` as OpenAI has them. Knows no models."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from service.dialects.errors import OpenAIErrorResponse
+from service.dialects.openai_format import ChatFormat, TextFormat
+from service.dialects.openai_schemas import (
+    ALIAS,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    ModelCard,
+    ModelList,
+)
+from service.dialects.questions import chat_question, passages_of
+from service.engine import Engine
+from service.errors import NotReadyError, UnknownModelError
+from service.schemas import AnswerRequest, PassageIn
+from service.serving import ThisEngine, serve_answer
+
+STARTED = int(time.time())
+STREAM_EXAMPLE = (
+    'data: {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "1043"}}]}\n\n'
+)
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"example": STREAM_EXAMPLE, "schema": {"type": "string"}}}}
+}
+router = APIRouter(
+    tags=["OpenAI dialect"],
+    responses={
+        "4XX": {"model": OpenAIErrorResponse, "description": "the request cannot be served as it stands"},
+        "5XX": {"model": OpenAIErrorResponse, "description": "the service cannot serve now"},
+    },
+)
+
+
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM)
+async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Response:
+    """Answer the last user message from `documents`, or from what `tool` and `context` messages hold."""
+    check_model(engine, body.model)
+    query, passages = chat_question(body)
+    return await serve_answer(
+        request, engine, answer_request(query, passages, body.options()), ChatFormat(body.usage_wanted)
+    )
+
+
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM)
+async def complete(body: CompletionRequest, request: Request, engine: ThisEngine) -> Response:
+    """Answer `prompt`, a question, from `documents`. The prompt is not continued: it is put into the template."""
+    check_model(engine, body.model)
+    native = answer_request(body.query, passages_of(body.documents), body.options())
+    return await serve_answer(request, engine, native, TextFormat(body.usage_wanted))
+
+
+@router.get("/v1/models")
+async def list_models(engine: ThisEngine) -> ModelList:
+    """The checkpoint that serves, by its version, its folder, and the alias that is always good."""
+    return ModelList(data=[ModelCard(id=name, created=STARTED) for name in model_names(engine)])
+
+
+@router.get("/v1/models/{model}")
+async def get_model(model: str, engine: ThisEngine) -> ModelCard:
+    """One of them."""
+    check_model(engine, model)
+    return ModelCard(id=model, created=STARTED)
+
+
+def model_names(engine: Engine) -> list[str]:
+    """What `model` may name now. Raises NotReadyError."""
+    if engine.active is None:
+        raise NotReadyError("the model is still being loaded")
+    version = engine.active.model.name
+    return list(dict.fromkeys((version, version.partition("@")[0], ALIAS)))
+
+
+def check_model(engine: Engine, name: str) -> None:
+    """Refuse what does not serve here: whoever asks for another model must not get this one in silence."""
+    names = model_names(engine)
+    if name not in names:
+        raise UnknownModelError("model", f"is not served here; use one of {', '.join(names)}")
+
+
+def answer_request(query: str, passages: list[PassageIn], options: dict[str, Any]) -> AnswerRequest:
+    """The service's own request, with its own checks. Raises RequestValidationError."""
+    try:
+        given = [passage.model_dump(exclude_none=True) for passage in passages]
+        return AnswerRequest.model_validate({"query": query, "passages": given, **options})
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems) from None
