@@ -46,6 +46,7 @@ def can_be_read(model: Model, row: Row) -> bool:
     return True
 
 
+@torch.no_grad()
 def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: TrainConfig) -> dict[str, float]:
     """The parts of the loss on dev examples: per token, passage or row."""
     sums: dict[str, float] = {}

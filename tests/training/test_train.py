@@ -88,18 +88,20 @@ def test_the_loss_goes_down(long_run: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["n_layers", "encoder"])
 def test_a_handful_of_examples_is_learned_by_heart(
-    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, kind: str
+    tiny_mistral: Path, tiny_bert: Path, tmp_path: Path, kind: str
 ) -> None:
     encoder = tiny_bert if kind == "encoder" else None
-    loop = {"epochs": 60, "batch_size": 4, "eval_every": 60, "micro_batch_tokens": 2000, "log_every": 60}
-    optimizer = {"compressor_lr": 3e-3, "generator_lr": 1e-2, "weight_decay": 0.0}
-    values = settings(tiny_llama, encoder, loop=loop, optimizer=optimizer, loss={"relevance": 0.0})
-    values["model"]["generator"]["lora"]["r"] = 8
+    loop = {"epochs": 40, "batch_size": 4, "eval_every": 40, "micro_batch_tokens": 4000, "row_batch_tokens": 4000}
+    optimizer = {"generator_lr": 3e-3, "weight_decay": 0.0, "compressor_dropout": False}
+    values = settings(tiny_mistral, encoder, loop=loop, optimizer=optimizer, loss={"relevance": 0.0})
+    # The head too: a random one is too flat to be sure of any token.
+    modules = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
+    values["model"]["generator"]["lora"] = {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": modules}
+    values["data"]["passages"] = 0
     config = write_run(tmp_path, values, make_rows(4))
     assert train(config, tmp_path / "out") == 0
-    last = read_metrics(tmp_path / "out", "dev")[-1]
-    assert last["f1_compressed"] == 1.0
-    assert read_metrics(tmp_path / "out")[-1]["loss_answer"] < 0.1
+    assert read_metrics(tmp_path / "out", "dev")[-1]["f1_compressed"] == 1.0
+    assert losses(tmp_path / "out")[40] < 0.2
 
 
 def test_it_stops_when_dev_gets_no_better(tiny_llama: Path, tmp_path: Path) -> None:

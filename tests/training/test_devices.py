@@ -1,0 +1,52 @@
+"""Where a run runs: the benchmark of the loop, and Trainium's runtime where torch_xla is and where it is not."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import ConfigError
+from tests.tiny_training import losses, settings, write_run
+from training.__main__ import main
+from training.runtime import choose_runtime
+
+HAS_XLA = importlib.util.find_spec("torch_xla") is not None
+
+
+def test_the_benchmark_prints_rates_from_one_run(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama, tiny_bert, loop={"epochs": 2}))
+    capsys.readouterr()
+    assert main(["benchmark", str(config), "--steps", "3"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["steps"] == 3
+    assert 0 <= measured["padding_share"] < 1
+    assert measured["tokens_per_s"] > 0
+    assert 0 < measured["ratio"] < 3
+    assert not (tmp_path / "last").exists()
+
+
+@pytest.mark.skipif(HAS_XLA, reason="torch_xla is installed here")
+def test_trainium_is_refused_where_torch_xla_is_missing(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="torch_xla is not installed"):
+        choose_runtime("trainium")
+    config = write_run(tmp_path, settings(tiny_llama))
+    assert main(["train", str(config), "--out", str(tmp_path / "out"), "--device", "trainium"]) == 1
+    assert "torch_xla is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_XLA, reason="torch_xla lives in an environment of its own (PJRT_DEVICE=CPU)")
+def test_an_xla_device_trains_like_the_cpu(tiny_llama: Path, tmp_path: Path) -> None:
+    rates = {"compressor_lr": 1e-4, "generator_lr": 1e-4, "compressor_dropout": False}
+    values = settings(tiny_llama, loop={"max_steps": 2}, optimizer=rates)
+    values["model"]["generator"]["lora"]["dropout"] = 0.0
+    config = write_run(tmp_path, values)
+    assert choose_runtime("trainium").device != torch.device("cpu")
+    assert main(["train", str(config), "--out", str(tmp_path / "cpu")]) == 0
+    assert main(["train", str(config), "--out", str(tmp_path / "xla"), "--device", "trainium"]) == 0
+    assert losses(tmp_path / "xla") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
