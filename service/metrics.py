@@ -50,6 +50,10 @@ class Metrics:
         self.store_bytes = gauge("embedding_store_bytes", "Memory of kept embeddings")
         self.swaps = counter("checkpoint_swaps_total", "Attempts to change the checkpoint", "result")
         self.checkpoint = gauge("checkpoint_info", "1 for the version that serves, 0 for those kept", "checkpoint")
+        # Shown as 0 from the start: a series that begins at 1 hides its first event from Prometheus' increase().
+        for metric, values in ((self.swaps, ("ok", "refused")), (self.store_lookups, ("hit", "miss"))):
+            for value in values:
+                metric.labels(value)
 
     def forget(self, checkpoint: str) -> None:
         """Drop what is labelled with a version that was unloaded, so that swaps do not pile up labels."""
