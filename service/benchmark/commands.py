@@ -16,7 +16,7 @@ from service.benchmark import engine as variants
 from service.benchmark.direct import answer_directly
 from service.benchmark.engine import Case, plan_cases, run_case
 from service.benchmark.load import Body, Outcome, closed_loop, connect, open_loop, require_loopback, summarise
-from service.benchmark.machine import describe_machine, describe_model, describe_versions
+from service.benchmark.machine import describe_machine, describe_model, describe_versions, short_collections
 from service.benchmark.questions import make_questions
 from service.benchmark.scaling import run_curve
 from service.benchmark.server import running_service
@@ -41,11 +41,12 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
     result = _frame("engine", model, settings, options)
     result["paper"] = variants.PAPER
     result["cases"] = []
-    for case in cases:
-        try:
-            result["cases"].append(run_case(model, case, options.repeats, notify))
-        except TooLargeError as error:
-            notify(f"{case.label} is left out: {error.message}")
+    with short_collections():
+        for case in cases:
+            try:
+                result["cases"].append(run_case(model, case, options.repeats, notify))
+            except TooLargeError as error:
+                notify(f"{case.label} is left out: {error.message}")
     return result, f"{show_setting(result)}\n\n{show_engine(result)}"
 
 
@@ -58,9 +59,11 @@ def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> 
         options.new_tokens, options.repeats = 4, 1
     base = Case(5, 1, options.passage_tokens, QUERY_TOKENS, options.new_tokens)
     result = _frame("scaling", model, settings, options)
-    result["curves"] = [
-        run_curve(model, name, values, base, options.variant, options.repeats, notify) for name, values in sizes.items()
-    ]
+    with short_collections():
+        result["curves"] = [
+            run_curve(model, name, values, base, options.variant, options.repeats, notify)
+            for name, values in sizes.items()
+        ]
     return result, f"{show_setting(result)}\n\n{show_scaling(result)}"
 
 
@@ -76,6 +79,7 @@ def load(options: argparse.Namespace, settings: Settings, notify: Notify) -> Res
     result = _frame("load", model, settings, options)
     with contextlib.ExitStack() as stack:
         url = options.url or stack.enter_context(running_service(settings))
+        stack.enter_context(short_collections())
         result["loads"] = asyncio.run(_loads(url, options, settings, model, bodies, notify))
     return result, f"{show_setting(result)}\n\n{show_load(result)}"
 

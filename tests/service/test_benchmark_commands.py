@@ -1,0 +1,144 @@
+"""`python -m service.benchmark`: smoke runs on tiny random models. What they measure here means nothing."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from core.model import Model
+from service.benchmark.__main__ import main
+from service.benchmark.direct import answer_directly
+from service.benchmark.load import Outcome, closed_loop, connect, open_loop, summarise
+from tests.service.conftest import Serve
+
+BODY: dict[str, Any] = {
+    "query": "Who discovered polonium?",
+    "passages": ["Marie Curie discovered polonium and radium. " * 5, "Bread is made of flour and water."],
+    "mode": "compressed",
+    "max_new_tokens": 8,
+}
+FRAME = {"command", "machine", "versions", "model", "settings"}
+SPREAD = {"median", "low", "high"}
+
+
+def run(command: str, checkpoint: Path, output: Path, *more: str) -> dict[str, Any]:
+    sizes = ("--quick", "--passage-tokens", "32", "--threads", "1")
+    assert main([command, *sizes, "--checkpoint", str(checkpoint), "--output", str(output), *more]) == 0
+    result: dict[str, Any] = json.loads((output / f"{command}.json").read_text())
+    assert set(result) > FRAME
+    return result
+
+
+def test_engine_compares_all_variants(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run("engine", root / "first", tmp_path, "--passages", "3", "--dtype", "bfloat16")
+    assert [(case["passages"], case["batch"]) for case in result["cases"]] == [(3, 1), (3, 2)]
+    assert result["model"]["dtype"] == "bfloat16"
+    for case in result["cases"]:
+        assert set(case["variants"]) == {"transformers", "text", "compressed", "hybrid"}
+        for name, figures in case["variants"].items():
+            for key in ("seconds", "first_token_s", "answers_per_s"):
+                assert set(figures[key]) == SPREAD
+            assert figures["peak_bytes"] > 0
+            assert set(figures["stages_s"]) >= {"prepare", "prefill", "decode"}
+            assert figures["flops_total"] == sum(figures["flops"].values()) > 0
+            for base, ratios in case["ratios"][name].items():
+                assert base in {"over_text", "over_transformers"}
+                assert set(ratios) == {"answers_per_s", "first_token", "flops", "flops_by_shapes", "peak_bytes"}
+        assert case["ratios"]["compressed"]["over_text"]["flops"] > 1
+        assert case["ratios"]["transformers"]["over_text"]["flops"] == 1
+    shown = capsys.readouterr().out
+    for text in ("arXiv 2504.07109", "2.2 to 3.3", "processor", "torch", "bfloat16", "3 x 32, batch 2"):
+        assert text in shown
+    for name in ("engine", "engine-stages"):
+        assert (tmp_path / f"{name}.svg").read_text().endswith("</svg>\n")
+
+
+def test_scaling_fits_each_stage(root: Path, tmp_path: Path) -> None:
+    result = run("scaling", root / "first", tmp_path)
+    assert {curve["over"]: curve["sizes"] for curve in result["curves"]} == {
+        "passages": [1, 2],
+        "passage tokens": [32, 64],
+        "concurrency": [1, 2],
+    }
+    for curve in result["curves"]:
+        assert all(set(slope) == {"per_unit", "fixed", "exponent"} for slope in curve["slopes"].values())
+        assert all({"prompt_tokens", "peak_bytes", "seconds"} < set(point) for point in curve["points"])
+    assert (tmp_path / "scaling.svg").exists()
+
+
+def test_load_starts_a_service_and_compares_it_with_the_engine(root: Path, tmp_path: Path) -> None:
+    closed, opened = run("load", root / "first", tmp_path, "--key", "a secret")["loads"]
+    assert "a secret" not in (tmp_path / "load.json").read_text()
+    assert closed["answers"] == opened["answers"] == 4
+    assert set(closed["throughput_over_direct"]) == SPREAD
+    assert opened["throughput_over_direct"] is None
+    for entry in (closed, opened):
+        assert set(entry["latency_s"]) == set(entry["first_token_s"]) == {"p50", "p95", "p99"}
+        assert entry["first_token_s"]["p99"] <= entry["latency_s"]["p99"]
+        assert (entry["refused"], entry["failed"], entry["errors"]) == (0, 0, {})
+
+
+def test_without_matplotlib_there_are_figures_but_no_plots(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "service.benchmark.plots", None)
+    run("engine", root / "first", tmp_path, "--passages", "1")
+    assert "matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def test_wrong_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "--url", "http://example.org"]) == 2
+    assert "url: must be a service on this machine" in capsys.readouterr().err
+    assert main(["engine", "--checkpoint", str(tmp_path)]) == 2
+    assert "manifest.json is missing" in capsys.readouterr().err
+    assert main(["engine", "--device", "abacus"]) == 2
+    assert "device:" in capsys.readouterr().err
+
+
+def test_the_engine_alone_writes_the_service_answers(client: httpx.Client, model: Model) -> None:
+    bodies = [{**BODY, "query": f"{BODY['query']} {number}", "max_new_tokens": 4 + number} for number in range(5)]
+    _, written = answer_directly(model, bodies, clients=2, max_sequences=16, batch_tokens=512)
+    for body, tokens in zip(bodies, written, strict=True):
+        served = client.post("/answer", json=body).json()
+        assert served["usage"]["completion_tokens"] == len(tokens)
+        text = model.generator.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        assert served["answer"] == text.rstrip("\ufffd")
+
+
+def test_a_closed_loop_counts_refusals_and_asks_again(serve: Serve) -> None:
+    async def load(url: str) -> Outcome:
+        async with connect(url) as connection:
+            return await closed_loop(connection, [BODY] * 3, clients=3)
+
+    with serve(max_requests=1) as client:
+        outcome = asyncio.run(load(str(client.base_url)))
+    assert (len(outcome.latencies), outcome.failed) == (3, 0)
+    assert outcome.completion_tokens <= 3 * BODY["max_new_tokens"]
+
+
+def test_an_open_loop_loses_what_is_refused_and_names_errors(serve: Serve) -> None:
+    async def load(url: str) -> Outcome:
+        async with connect(url) as connection:
+            return await open_loop(connection, [BODY] * 8 + [{**BODY, "max_new_tokens": 10_000}], rate=1e6)
+
+    with serve(max_requests=1) as client:
+        outcome = asyncio.run(load(str(client.base_url)))
+    assert len(outcome.latencies) + outcome.refused + outcome.failed == 9
+    assert outcome.errors == {"status 413": 1}
+    entry = summarise("open", [outcome, outcome])
+    assert (entry["answers"], entry["failed"]) == (2 * len(outcome.latencies), 2)
+
+
+def test_a_service_that_is_not_there_is_counted() -> None:
+    async def load() -> Outcome:
+        async with connect("http://127.0.0.1:9") as connection:  # the discard port: nothing listens there
+            return await closed_loop(connection, [BODY] * 3, clients=2)
+
+    outcome = asyncio.run(load())
+    assert outcome.errors == {"ConnectError": 3}
+    assert summarise("none", [outcome])["latency_s"] is None
