@@ -1,6 +1,8 @@
 """The training runtime on AWS Trainium (or any XLA device), through torch_xla. The loop does not know it.
 
-Not run on Trainium hardware; its test runs it on XLA's CPU device where torch_xla is installed.
+Not run on Trainium hardware. Its test runs on XLA's CPU device, in an environment of its own with torch_xla:
+
+    PJRT_DEVICE=CPU python -m pytest tests/training/test_devices.py
 """
 
 from collections.abc import Iterable

@@ -56,7 +56,8 @@ def test_a_shipped_config_runs(name: str, tiny_llama: Path, tiny_bert: Path, tmp
         bases += [f"model.compressor.base_model={tiny_bert}", "model.compressor.projection_dim=32"]
     else:
         bases += ["model.compressor.n_layers=2"]
-    run, start = tmp_path, []
+    run = tmp_path
+    start: list[str] = []
     for number, (command, *_) in enumerate(commands_of(name)):
         data = "texts" if command == "pretrain" else "train"
         files = [f"data.train={tmp_path}/{data}.jsonl", f"data.dev={tmp_path}/{data}.jsonl"]
