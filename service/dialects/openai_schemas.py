@@ -62,11 +62,17 @@ class TextPart(OwnKeys):
     text: Text
 
 
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<object>")],
+    Discriminator(_kind),
+]
+
+
 class ChatMessage(OwnKeys):
     """A message. The last `user` message is the question; `tool` messages after it, and `context`, are documents."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function", "context"]
-    content: Text | list[TextPart] | None = None
+    content: Content | None = None
     tool_calls: Any = None
 
     @property
