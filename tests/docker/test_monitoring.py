@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from service.app import create_app
 from service.metrics import Metrics
+from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 MONITORING = ROOT / "docker" / "monitoring"
@@ -62,6 +64,16 @@ def test_metrics_and_labels_exist(where: str, expression: str) -> None:
     labels = set().union(*(known[name] for name in names)) | SCRAPED
     for group in re.findall(r"\bby \(([^)]*)\)", expression):
         assert {label.strip() for label in group.split(",")} <= labels
+
+
+def test_requests_are_counted_on_every_route_that_answers() -> None:
+    """A new route, say another dialect, must not be missing from error rates."""
+    paths = create_app(Settings.model_validate({})).openapi()["paths"]
+    answering = {path for path, methods in paths.items() if "post" in methods and not path.startswith("/admin")}
+    asked = {value for _, expression in ASKED for value in re.findall(r'route=~"([^"]*)"', expression)}
+    assert asked
+    for value in asked:
+        assert {path for path in paths if re.fullmatch(value, path)} == answering
 
 
 def test_alerts_say_what_to_do() -> None:
