@@ -171,7 +171,6 @@ def test_statuses_have_classes_and_carry_what_the_service_said() -> None:
 
 
 def test_what_is_sent() -> None:
-    passages: list[str | Passage]
     embeddings = Embeddings("float32", "base64", (1, 2), "AACAPwAAAEA=", 0.5, 9, "demo@1")
     assert embeddings.rows() == [[1.0, 2.0]]
     passages: list[str | Passage] = [

@@ -147,12 +147,3 @@ def test_tei_errors_only_for_those_who_send_texts(serve: Serve) -> None:
         assert error(client.post("/rerank", json={"query": QUERY}))["field"] == "passages"
         assert error(client.post("/rerank", content="", headers={"Content-Type": "application/json"}))
         assert error(client.post("/rerank", content="{", headers={"Content-Type": "application/json"}))
-
-
-@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/v1/chat/completions", "/v1/nothing"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"null"])
-def test_bodies_that_are_no_request(client: httpx.Client, path: str, content: bytes) -> None:
-    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
-    assert response.status_code == (404 if path.endswith("nothing") else 400)
-    body = response.json()
-    assert body["message"] if path == "/v2/rerank" else body["error"]["message"]
