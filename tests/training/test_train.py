@@ -83,7 +83,7 @@ def test_a_finished_run_is_left_as_it_is(long_run: tuple[Path, Path]) -> None:
 
 def test_the_loss_goes_down(long_run: tuple[Path, Path]) -> None:
     values = list(losses(long_run[1]).values())
-    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+    assert sum(values[-9:]) < 0.95 * sum(values[:9])  # three epochs each
 
 
 @pytest.mark.parametrize("kind", ["n_layers", "encoder"])
