@@ -51,12 +51,16 @@ async function refusal(response) {
   return new Problem(words + again, response.status);
 }
 
-/** An error of the API as a sentence: “passages.0.text: is empty” counts from 0, readers from 1. */
+const FIELDS = { query: "The question", passages: "The passages", rate: "The rate", max_new_tokens: "New tokens" };
+
+/** An error of the API as a sentence for a reader, who counts from 1: “Passage 1 is empty.” */
 export function said(error) {
   if (!error?.message) return undefined;
-  const message = error.message.replace(/^passages\.(\d+)(?:\.text)?:?/, (_, index) => `Passage ${Number(index) + 1}`);
-  const sentence = message.replace(/^(\w+): /, "“$1”: ");
-  return sentence.charAt(0).toUpperCase() + sentence.slice(1) + (/[.!?]$/.test(sentence) ? "" : ".");
+  const [, field, index, rest] = /^(?:(\w+)(?:\.(\d+))?[\w.]*: )?(.*)$/s.exec(error.message);
+  const subject = index === undefined ? (FIELDS[field] ?? field) : `Passage ${Number(index) + 1}`;
+  const joint = /^(is|must|holds|has) /.test(rest) ? " " : ": ";
+  const sentence = subject ? subject + joint + rest : rest.charAt(0).toUpperCase() + rest.slice(1);
+  return /[.!?]$/.test(sentence) ? sentence : `${sentence}.`;
 }
 
 /** The events of a response in server-sent event format: `{name, data}`, data parsed as JSON. */

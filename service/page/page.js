@@ -58,6 +58,7 @@ function fail(error) {
   $("problem").textContent = known ? error.message : "The answer broke off. Try again.";
   $("problem").hidden = false;
   announce("");
+  if (!$("answer").textContent) $("answer").append(element("span", { class: "quiet" }, "No answer."));
   if (error.status === 401 || error.status === 403) {
     $("key-field").hidden = false;
     $("key").focus();
@@ -154,9 +155,9 @@ async function showState() {
     const state = await api.state();
     ({ example, checkpoint } = state);
     $("example").disabled = false;
-    const trained = state.trained ? "" : " · untrained: compressed answers cannot make sense yet";
-    $("checkpoint").textContent = checkpoint ? `checkpoint ${checkpoint}${trained}` : "The model is still being loaded.";
-    $("checkpoint").classList.toggle("untrained", !state.trained);
+    const trained = state.trained ? "trained" : "untrained: compressed answers cannot make sense yet";
+    $("checkpoint").textContent = checkpoint ? `checkpoint ${checkpoint} · ${trained}` : "The model is still being loaded.";
+    $("checkpoint").classList.toggle("untrained", checkpoint !== null && !state.trained);
     $("key-field").hidden &&= !state.key_needed;
     $("tokens").max = state.max_new_tokens;
     const chosen = $("rate").value;

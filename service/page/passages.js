@@ -90,7 +90,7 @@ function embeddingList(sent, evidence) {
     element(
       "li",
       {},
-      ...(spans.length ? spans.flatMap((span) => source(fields, span)) : [element("span", { class: "quiet" }, "spread thin")]),
+      ...(spans.length ? spans.flatMap((span) => [source(fields, span), " "]) : [element("span", { class: "quiet" }, "spread thin")]),
     ),
   );
   const count = items.length === 1 ? "1 memory embedding" : `${number(items.length)} memory embeddings`;
@@ -100,5 +100,5 @@ function embeddingList(sent, evidence) {
 function source(fields, span) {
   const words = fields[span.field].slice(span.start, span.end);
   const shown = words.length > 60 ? `${words.slice(0, 40).join("")} … ${words.slice(-16).join("")}` : words.join("");
-  return [element("q", {}, shown), " ", element("span", { class: "quiet" }, span.weight.toFixed(2)), " "];
+  return element("span", { class: "source" }, element("q", {}, shown), ` ${span.weight.toFixed(2)}`);
 }

@@ -240,7 +240,7 @@ def test_problems_are_told_in_words(page: Page, browser: Chrome) -> None:
     page.type("passages", "Marie Curie.\n\n" + "long " * 9)
     page.type("query", "   ")
     page.click("Answer")
-    page.wait(lambda: page["problem"].text == "“query”: is empty.")
+    page.wait(lambda: page["problem"].text == "The question is empty.")
     page.type("query", "Who?")
     browser.execute_cdp_cmd("Network.enable", {})
     offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
