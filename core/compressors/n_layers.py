@@ -14,6 +14,8 @@ from core.rows import causal_row_format
 class NLayersCompressor(Compressor):
     """First N layers of any Llama-shaped decoder (Llama, Mistral, Qwen2/3, SmolLM), without the final norm."""
 
+    causal = True
+
     def __init__(
         self,
         config: CompressorConfig,
