@@ -131,8 +131,11 @@ def restore_run(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[n
 def start_from(model: Model, folder: Path) -> None:
     """Begin from the weights of another run's `best/` or `last/`, or of an exported checkpoint.
 
-    A generator adapter is taken where the folder has one. Raises CheckpointError where shapes differ.
+    A generator adapter is taken where the folder has one. Raises CheckpointError where shapes differ, and for a merged
+    checkpoint, whose adapter is no longer apart.
     """
+    if (folder / "generator").exists():
+        raise CheckpointError(f"start: {folder} has its adapter merged into the generator; begin from one that has not")
     try:
         weights = load_file(folder / "compressor.safetensors")
         model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
