@@ -18,10 +18,7 @@ form.addEventListener("submit", (event) => {
 $("compare").addEventListener("click", () => {
   if (form.reportValidity()) run(compareModes);
 });
-$("stop").addEventListener("click", () => {
-  running?.abort();
-  $("query").focus(); // this button is about to go
-});
+$("stop").addEventListener("click", () => running?.abort());
 $("example").addEventListener("click", loadExample);
 $("passages").addEventListener("input", countPassages);
 form.addEventListener("keydown", (event) => {
@@ -41,6 +38,7 @@ async function run(job) {
     if (mine === running) fail(error);
   } finally {
     if (mine === running) {
+      if (document.activeElement === $("stop")) $("query").focus(); // focus must not go with the button
       $("stop").hidden = true;
       $("answer").setAttribute("aria-busy", "false");
       running = null;

@@ -164,7 +164,7 @@ def check_marks(item: WebElement, sent: dict[str, str], evidence: list[list[dict
             assert any(words in mark for mark in marks), (words, marks)
 
 
-def test_the_answer_grows_on_the_page_and_can_be_stopped(page: Page) -> None:
+def test_the_answer_grows_on_the_page_and_can_be_stopped(page: Page, browser: Chrome) -> None:
     page.click("Load an example")
     page.type("tokens", "512")
     page.script("""
@@ -179,6 +179,7 @@ def test_the_answer_grows_on_the_page_and_can_be_stopped(page: Page) -> None:
     page.wait(lambda: page.said() == "Stopped.")
     assert page["answer"].get_attribute("aria-busy") == "false"
     assert not page["stop"].is_displayed()
+    assert browser.switch_to.active_element == page["query"]
     length = len(page["answer"].text)
     time.sleep(0.3)
     assert len(page["answer"].text) == length > 0
