@@ -6,6 +6,7 @@ PyTorch's own counter passes over.
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,17 @@ class Stages:
     def total(self) -> float:
         """All stages together."""
         return sum(self.values.values())
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, read once `device` has done what it was given."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
 
 
 @contextmanager

@@ -5,12 +5,11 @@ them; every repeat has new questions and another order. Prints nothing and write
 """
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from core.costs import Stages, current_memory, flop_stages, peak_memory, reset_peak_memory
+from core.costs import Stages, clock, current_memory, flop_stages, peak_memory, reset_peak_memory
 from core.model import Model
 from core.pipeline import prepare
 from service.benchmark.questions import Question, make_questions
@@ -88,7 +87,7 @@ def run_case(
         names = list(variants)
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             gc.collect()
-            stages = Stages(time.perf_counter)
+            stages = Stages(clock(model.device))
             _check(variants[name](endless, questions, case.new_tokens, stages), case)
             measured[name].stages_s.append(stages.values)
     return summarise(case, measured, _flops_by_shapes(endless, case, measured))

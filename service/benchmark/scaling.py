@@ -1,12 +1,11 @@
 """How costs grow with passages, with their length, and with the questions asked at a time: curves and their slopes."""
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from core.costs import Stages, current_memory, peak_memory, reset_peak_memory
+from core.costs import Stages, clock, current_memory, peak_memory, reset_peak_memory
 from core.errors import TooLargeError
 from core.model import Model
 from service.benchmark.engine import Case
@@ -48,7 +47,7 @@ def _first_run(model: Model, case: Case, variant: str) -> dict[str, Any]:
     gc.collect()
     reset_peak_memory(model.device)
     before = current_memory(model.device)
-    work = VARIANTS[variant](model, questions, case.new_tokens, Stages(time.perf_counter))
+    work = VARIANTS[variant](model, questions, case.new_tokens, Stages(clock(model.device)))
     peak = peak_memory(model.device)
     tokens = max(work.prompt_tokens)
     return {"prompt_tokens": tokens, "peak_bytes": peak, "working_bytes": max(0, peak - before), "runs": []}
@@ -57,7 +56,7 @@ def _first_run(model: Model, case: Case, variant: str) -> dict[str, Any]:
 def _timed_run(model: Model, case: Case, variant: str, seed: int) -> dict[str, float]:
     questions = _questions(model, case, seed)
     gc.collect()
-    stages = Stages(time.perf_counter)
+    stages = Stages(clock(model.device))
     VARIANTS[variant](model, questions, case.new_tokens, stages)
     return stages.values
 
