@@ -1,8 +1,7 @@
-"""`python -m service.bench`: load a running service, and say what it delivers.
+"""`python -m service.soak`: keep a running service busy for a long time, and say whether it stays as it was.
 
-Every client sends its next request as soon as it has the answer to the last one. What is reported: answers a second,
-latency and time to first token at p50, p95 and p99, and refusals. With `--direct` the same requests also go to the
-pipeline in this process, in one batch at a time without HTTP, and the ratio of the two is the cost of serving.
+Every client sends its next request as soon as it has the answer to the last one. What is reported: failures,
+refusals, latency, and the memory of the service before and after. What a request costs is `service.benchmark`'s.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,35 +34,32 @@ class Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the load; the exit status is 1 if any request failed other than by being refused."""
+    """Run it; the exit status is 1 if any request failed other than by being refused."""
     options = build_parser().parse_args(arguments)
     bodies = [make_body(number, options) for number in range(options.requests)]
     before = resident_bytes(options.url)
     outcome = asyncio.run(run_load(options, bodies))
     show(outcome, options.clients)
     print(f"memory of the service {before >> 20} MiB before, {resident_bytes(options.url) >> 20} MiB after")
-    if options.direct is not None:
-        compare(bodies, outcome, options.direct, options.clients)
     return 1 if outcome.failed else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m service.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m service.soak", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is (default: %(default)s)")
     parser.add_argument("--key", default="", help="API key, if the service asks for one")
     parser.add_argument("--clients", type=int, default=8, help="clients at one time (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=64, help="requests in all (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="soak: repeat the requests for so long (default: once each)"
+        "--requests", type=int, default=64, help="different requests, repeated in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="how long (default: %(default)s); 0: every request once"
     )
     parser.add_argument("--passages", type=int, default=5, help="passages in a request (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=8, help="sentences in a passage (default: %(default)s)")
     parser.add_argument("--mode", choices=("compressed", "hybrid", "text"), default="compressed")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument(
-        "--direct", type=Path, metavar="CHECKPOINT", help="also run this checkpoint here; give the one that is served"
-    )
     return parser
 
 
@@ -151,34 +146,6 @@ def show(outcome: Outcome, clients: int) -> None:
         points = statistics.quantiles(values, n=100, method="inclusive")
         p50, p95, p99 = (1000 * points[percent - 1] for percent in (50, 95, 99))
         print(f"{name:<20} p50 {p50:8.0f} ms  p95 {p95:8.0f} ms  p99 {p99:8.0f} ms")
-
-
-def compare(bodies: list[dict[str, Any]], outcome: Outcome, folder: Path, batch: int) -> None:
-    """Run the same requests through the pipeline here and print the ratio."""
-    seconds = run_directly(bodies, folder, batch)
-    print(f"without HTTP         {len(bodies) / seconds:8.2f} answers/s, in batches of {batch}")
-    print(f"service / direct     {seconds / outcome.seconds:8.2f}")
-
-
-def run_directly(bodies: list[dict[str, Any]], folder: Path, batch: int) -> float:
-    """Seconds that the pipeline takes for the bodies: compress a batch, then generate it."""
-    from core.checkpoint import load_checkpoint  # late: torch takes seconds to import, and most runs do not need it
-    from core.decoding import generate
-    from core.passages import Passage
-    from core.pipeline import build_prompt, choose_modes, compress, prepare
-    from core.sampling import GenerationOptions
-
-    model = load_checkpoint(folder)
-    began = time.perf_counter()
-    for start in range(0, len(bodies), batch):
-        group = bodies[start : start + batch]
-        requests = [prepare(model, body["query"], [Passage(text) for text in body["passages"]]) for body in group]
-        prompts = [
-            build_prompt(model, request, passages, choose_modes(model, passages, body["mode"]))
-            for body, request, passages in zip(group, requests, compress(model, requests), strict=True)
-        ]
-        generate(model.generator, prompts, [GenerationOptions(max_new_tokens=body["max_new_tokens"]) for body in group])
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
