@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", default="", help="API key, if the service asks for one")
     parser.add_argument("--clients", type=int, default=8, help="clients at one time (default: %(default)s)")
     parser.add_argument(
-        "--requests", type=int, default=64, help="different requests, repeated in turn (default: %(default)s)"
+        "--requests", type=int, default=64, help="different requests, taken in turn (default: %(default)s)"
     )
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="how long (default: %(default)s); 0: every request once"
