@@ -83,7 +83,7 @@ def run_case(
         _measure_cost(endless, case, variant, measured[name])
     for repeat in range(repeats):
         notify(f"{case.label}: repeat {repeat + 1} of {repeats}")
-        questions = _questions(endless, case, seed=repeat + 1)
+        questions = case_questions(endless, case, seed=repeat + 1)
         names = list(variants)
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             gc.collect()
@@ -95,7 +95,7 @@ def run_case(
 
 def _measure_cost(model: Model, case: Case, variant: Variant, measured: Measured) -> None:
     """One run that is not timed: it warms up, and is where operations and memory are taken."""
-    questions = _questions(model, case, seed=0)
+    questions = case_questions(model, case, seed=0)
     gc.collect()
     reset_peak_memory(model.device)
     before = current_memory(model.device)
@@ -108,7 +108,8 @@ def _measure_cost(model: Model, case: Case, variant: Variant, measured: Measured
     measured.prompt_tokens = max(work.prompt_tokens)
 
 
-def _questions(model: Model, case: Case, seed: int) -> list[Question]:
+def case_questions(model: Model, case: Case, seed: int) -> list[Question]:
+    """The questions of one repeat of a case; every `seed` gives others of the same lengths."""
     return make_questions(
         model.generator.tokenizer,
         case.batch,
@@ -128,7 +129,7 @@ def _check(work: Work, case: Case) -> None:
 
 def _flops_by_shapes(model: Model, case: Case, measured: Mapping[str, Measured]) -> dict[str, int]:
     """Operations that each variant of our engine must do for one batch."""
-    requests = [prepare(model, each.query, each.passages) for each in _questions(model, case, seed=0)]
+    requests = [prepare(model, each.query, each.passages) for each in case_questions(model, case, seed=0)]
     compressing = sum(compressor_flops(model, request) for request in requests)
     return {
         name: case.batch * generator_flops(model, each.prompt_tokens, case.new_tokens)

@@ -8,8 +8,7 @@ from typing import Any
 from core.costs import Stages, clock, current_memory, peak_memory, reset_peak_memory
 from core.errors import TooLargeError
 from core.model import Model
-from service.benchmark.engine import Case
-from service.benchmark.questions import Question, make_questions
+from service.benchmark.engine import Case, case_questions
 from service.benchmark.statistics import fit_slope, spread
 from service.benchmark.variants import STAGES, VARIANTS, without_end
 
@@ -43,7 +42,7 @@ def run_curve(
 
 def _first_run(model: Model, case: Case, variant: str) -> dict[str, Any]:
     """Not timed: it warms up, and is where memory is taken."""
-    questions = _questions(model, case, seed=0)
+    questions = case_questions(model, case, seed=0)
     gc.collect()
     reset_peak_memory(model.device)
     before = current_memory(model.device)
@@ -54,22 +53,11 @@ def _first_run(model: Model, case: Case, variant: str) -> dict[str, Any]:
 
 
 def _timed_run(model: Model, case: Case, variant: str, seed: int) -> dict[str, float]:
-    questions = _questions(model, case, seed)
+    questions = case_questions(model, case, seed)
     gc.collect()
     stages = Stages(clock(model.device))
     VARIANTS[variant](model, questions, case.new_tokens, stages)
     return stages.values
-
-
-def _questions(model: Model, case: Case, seed: int) -> list[Question]:
-    return make_questions(
-        model.generator.tokenizer,
-        case.batch,
-        passages=case.passages,
-        passage_tokens=case.passage_tokens,
-        query_tokens=case.query_tokens,
-        seed=seed,
-    )
 
 
 def summarise(over: str, sizes: Sequence[int], variant: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
