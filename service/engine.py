@@ -18,6 +18,7 @@ from core.sampling import GenerationOptions
 from service.admission import Gate, Reservation
 from service.embedding_store import EmbeddingStore
 from service.errors import DeadlineError, NotReadyError, StoppingError
+from service.generation.torch_engine import TorchEngine
 from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent, Outbox
 from service.lane import Lane
 from service.limits import AnyRequest, check_limits, check_prompt, check_tokens, estimated_tokens
@@ -66,7 +67,8 @@ class Engine:
 
     def open_version(self, model: Model) -> Version:
         """Give a model a lane of its own; it serves nobody until it is activated."""
-        version = Version(Lane(model, self.settings, self.metrics))
+        generator = TorchEngine(model.generator, self.settings, self.metrics)
+        version = Version(Lane(model, self.settings, self.metrics, generator))
         self.worker.open(version.lane)
         return version
 

@@ -84,6 +84,12 @@ class Job:
         """Note that `stage` ended now, unless it ended before."""
         self.marks.setdefault(stage, time.perf_counter())
 
+    def end(self, event: Finished | Failed) -> None:
+        """Emit the last event; nothing happens where there was one, or where the job was cancelled."""
+        if not self.done:
+            self.done = True
+            self.emit(event)
+
 
 class Outbox:
     """Carries events from the worker's thread to queues of the event loop, one wake-up for each batch of events."""

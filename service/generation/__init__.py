@@ -1,0 +1,1 @@
+"""What writes answers: one protocol, an engine in this process and one over HTTP."""
