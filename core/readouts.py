@@ -56,8 +56,12 @@ class PooledReadout(nn.Module):
         length = batch.generator_mask.sum(1).view(-1, 1)
         token = torch.arange(batch.generator_mask.shape[1], device=hidden.device)  # (G,)
         slot = torch.arange(batch.memory_mask.shape[1], device=hidden.device)  # (L,)
-        segment = token * count // length  # (B, G): the slot that each token falls to
-        member = (segment.unsqueeze(1) == slot.view(1, -1, 1)) & batch.generator_mask.unsqueeze(1)  # (B, L, G)
+        # A token falls to slot floor(token * count / length), written without a division: not all devices have an
+        # exact one of integers.
+        scaled = (token * count).unsqueeze(1)  # (B, 1, G)
+        begin = slot.view(1, -1, 1) * length.unsqueeze(1)  # (B, L, 1)
+        inside = (scaled >= begin) & (scaled < begin + length.unsqueeze(1))
+        member = inside & batch.generator_mask.unsqueeze(1)  # (B, L, G)
         weights = member / member.sum(-1, keepdim=True).clamp(min=1)
         pooled = weights.to(hidden.dtype) @ take(hidden, batch.chunk_positions)  # (B, L, d_compressor)
         return ReadoutOutput(self.project(pooled), weights=weights)

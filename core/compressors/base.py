@@ -82,8 +82,11 @@ class Compressor(nn.Module):
         with torch.no_grad():
             self.slots.copy_(centre.float().cpu() + noise)
 
-    def hidden(self, batch: RowBatch) -> Tensor:
-        """Hidden states (B, T, width) of all positions, in one pass of the backbone."""
+    def hidden(self, batch: RowBatch, mask: Tensor | dict[str, Tensor] | None = None) -> Tensor:
+        """Hidden states (B, T, width) of all positions, in one pass of the backbone.
+
+        `mask`: a ready additive mask (B, 1, T, T), by kind of layer where the backbone mixes them.
+        """
         tokens = self._embeddings(batch.ids)  # (B, T, embedding width)
         # A look-up, not `self.slots[...]`: its gradient is cheaper than that of indexing.
         slots = functional.embedding(batch.slots.clamp(min=0), self.slots)  # (B, T, embedding width)
@@ -91,13 +94,17 @@ class Compressor(nn.Module):
         extra = {"token_type_ids": batch.segments} if self._segments else {}
         # Padding is on the right, where causal attention never looks: with no mask it runs on its fastest kernel, which
         # takes grouped heads as they are and skips what is masked.
-        mask = None if self.causal else batch.mask.long()
+        if mask is None and not self.causal:
+            mask = batch.mask.long()
         output = self.backbone(inputs_embeds=inputs, attention_mask=mask, **extra)
         return output.last_hidden_state  # type: ignore[no-any-return]  # transformers outputs are untyped
 
     def forward(self, batch: RowBatch, embed: Embed) -> CompressorOutput:
         """Compress B rows; `embed` is the generator's input embedding (int64 ids -> (..., d_generator))."""
-        hidden = self.hidden(batch)
+        return self.read(self.hidden(batch), batch, embed)
+
+    def read(self, hidden: Tensor, batch: RowBatch, embed: Embed) -> CompressorOutput:
+        """What the readout and the relevance head make of the hidden states (B, T, width) of B rows."""
         read = self.readout(hidden, batch, embed)
         at_relevance = take(hidden, batch.relevance_position.unsqueeze(1)).squeeze(1)  # (B, width)
         # In float32 whatever the weights are: bfloat16 scores of like passages would tie.
