@@ -1,21 +1,22 @@
 """How good the model is on dev questions while it trains: quick, greedy, through the very functions that serve it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import fmean
 
 import torch
 
-from core.config import Mode
-from core.decoding import generate
 from core.errors import InputError
 from core.model import Model
-from core.pipeline import build_prompt, choose_modes, compress, prepare
+from core.pipeline import prepare
 from core.sampling import GenerationOptions
+from training.answering import Compressed, compress_batch, generate_batch, needs_compression
 from training.batches import TrainExample, make_example, micro_batches
 from training.config import TrainConfig
 from training.data_format import Row
 from training.metrics import best_over_references, exact_match, gold_first, token_f1
 from training.objective import Objective
+from training.results import Setting
 
 BATCH = 16
 OPTIONS = GenerationOptions(max_new_tokens=32)
@@ -28,11 +29,7 @@ def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig)
     rows = [row for row in rows if can_be_read(objective.model, row)]
     examples = [make_example(objective.model, row, config.data, config.loss, f"dev/{row.id}") for row in rows]
     scores = dev_losses(objective, examples, config)
-    if config.loss.relevance > 0:
-        scores["gold_first"] = rank_gold(objective.model, rows)
-    if config.loss.needs_generator:
-        for mode in config.data.modes:
-            scores |= answer_questions(objective.model, rows, mode)
+    scores |= served_scores(objective.model, rows, config)
     objective.train()
     return scores
 
@@ -64,37 +61,40 @@ def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: T
     return scores
 
 
-def rank_gold(model: Model, rows: Sequence[Row]) -> float:
-    """Share of questions whose best-scored passage is a relevant one; questions without labels do not count."""
+def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
+    """`gold_first`, and `f1_<mode>` and `em_<mode>` of greedy answers at the default rate, whatever the loss trains.
+
+    A batch of questions is compressed once, for its ranking and for the answers in every mode.
+    """
+    ranks, answers = config.loss.relevance > 0, config.loss.needs_generator
+    settings = [Setting(mode, None, config.data.passages) for mode in config.data.modes] if answers else []
+    values: dict[str, list[float]] = {"gold_first": []} if ranks else {}
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        requests = [prepare(model, row.query, row.passages) for row in batch]
+        compressed = None
+        if ranks or any(needs_compression(model, setting) for setting in settings):
+            compressed = compress_batch(model, requests, None, nullcontext)
+        if ranks and compressed is not None:
+            values["gold_first"] += rank_gold(batch, compressed)
+        for setting in settings:
+            read = compressed if needs_compression(model, setting) else None
+            answered = generate_batch(model, requests, read, setting, OPTIONS, nullcontext)
+            for row, answer in zip(batch, answered, strict=True):
+                for name, metric in (("f1", token_f1), ("em", exact_match)):
+                    score = best_over_references(metric, answer.text, row.answers or (row.target,))
+                    values.setdefault(f"{name}_{setting.mode}", []).append(score)
+    return {name: fmean(scores) if scores else 0.0 for name, scores in values.items()}
+
+
+def rank_gold(rows: Sequence[Row], compressed: Compressed) -> list[float]:
+    """For each question with labels, whether its best-scored passage is a relevant one."""
     firsts = []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        requests = [prepare(model, row.query, row.passages) for row in batch]
-        for row, compressed in zip(batch, compress(model, requests), strict=True):
-            gains = [float((passage.relevance or 0) > 0.5) for passage in row.passages]
-            if 0 < sum(gains) < len(gains):
-                best = [max(chunk.score for chunk in passage.chunks) for passage in compressed]
-                firsts.append(gold_first(best, gains))
-    return fmean(firsts) if firsts else 0.0
-
-
-def answer_questions(model: Model, rows: Sequence[Row], mode: Mode) -> dict[str, float]:
-    """Mean token F1 and exact match of greedy answers in one mode, at the default rate."""
-    f1, em = [], []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        requests = [prepare(model, row.query, row.passages) for row in batch]
-        compressed = compress(model, requests)
-        prompts = [
-            build_prompt(model, request, passages, choose_modes(model, passages, mode))
-            for request, passages in zip(requests, compressed, strict=True)
-        ]
-        completions = generate(model.generator, prompts, [OPTIONS] * len(prompts))
-        for row, completion in zip(batch, completions, strict=True):
-            answers = row.answers or (row.target,)
-            f1.append(best_over_references(token_f1, completion.text, answers))
-            em.append(best_over_references(exact_match, completion.text, answers))
-    return {f"f1_{mode}": fmean(f1), f"em_{mode}": fmean(em)}
+    for row, passages in zip(rows, compressed, strict=True):
+        gains = [float((passage.relevance or 0) > 0.5) for passage in row.passages]
+        if 0 < sum(gains) < len(gains):
+            firsts.append(gold_first([max(chunk.score for chunk in passage.chunks) for passage in passages], gains))
+    return firsts
 
 
 def dev_score(scores: dict[str, float]) -> float:
