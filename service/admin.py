@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from service.checkpoints import Checkpoints
+from service.checkpoints import CheckpointControl, checkpoint_root
 from service.errors import ErrorResponse
 from service.schemas import Strict
+from service.versions import available_under
 
 router = APIRouter(
     prefix="/admin",
@@ -36,7 +37,7 @@ class CheckpointAction(Strict):
 
 
 class CheckpointList(BaseModel):
-    """`active` serves; `kept` are in memory, the next rollback last; `available` are folders on disk."""
+    """`active` serves; `kept` can be rolled back to, the next one last; `available` are folders on disk."""
 
     active: str
     kept: list[str]
@@ -52,13 +53,13 @@ class CheckpointChange(CheckpointList):
 @router.get("/checkpoints")
 async def list_checkpoints(request: Request) -> CheckpointList:
     """The versions there are."""
-    return CheckpointList.model_validate(_state(request))
+    return CheckpointList.model_validate(await _state(request))
 
 
 @router.post("/checkpoints")
 async def change_checkpoint(body: CheckpointAction, request: Request) -> CheckpointChange:
     """Load, activate or roll back. Requests in flight finish on the version they began with."""
-    checkpoints: Checkpoints = request.app.state.checkpoints
+    checkpoints = control_of(request)
     name = body.name or ""
     match body.action:
         case "load":
@@ -67,14 +68,16 @@ async def change_checkpoint(body: CheckpointAction, request: Request) -> Checkpo
             version = await checkpoints.activate(name)
         case "rollback":
             version = await checkpoints.roll_back()
-    return CheckpointChange.model_validate({**_state(request), "version": version})
+    return CheckpointChange.model_validate({**await _state(request), "version": version})
 
 
-def _state(request: Request) -> dict[str, object]:
-    checkpoints: Checkpoints = request.app.state.checkpoints
-    active = request.app.state.engine.active
-    return {
-        "active": active.model.name if active else "",
-        "kept": [version.model.name for version in checkpoints.kept],
-        "available": checkpoints.available(),
-    }
+async def _state(request: Request) -> dict[str, object]:
+    state = await control_of(request).state()
+    root = checkpoint_root(request.app.state.engine.settings)
+    return {"active": state.active, "kept": state.kept, "available": available_under(root)}
+
+
+def control_of(request: Request) -> CheckpointControl:
+    """What changes the checkpoint of the application."""
+    control: CheckpointControl = request.app.state.checkpoints
+    return control

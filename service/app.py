@@ -16,7 +16,7 @@ from core.errors import ScaledownError
 from core.model import Model
 from service import admin, health, routes, web_page
 from service.auth import KeyRing
-from service.checkpoints import Checkpoints
+from service.checkpoints import CheckpointControl, Checkpoints
 from service.dialects import openai, rerank
 from service.dialects.errors import DialectErrors
 from service.engine import Engine
@@ -24,18 +24,23 @@ from service.errors import error_response, plain_response, validation_error
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, RequestContext
 from service.settings import Settings
+from service.versions import Versions
 
 log = logging.getLogger(__name__)
 MESSAGES = {404: "there is nothing at this path", 405: "this path does not take this method"}
 
 
 def create_app(
-    settings: Settings | None = None, model: Model | None = None, on_fatal: Callable[[], None] | None = None
+    settings: Settings | None = None,
+    model: Model | None = None,
+    on_fatal: Callable[[], None] | None = None,
+    checkpoints: CheckpointControl | None = None,
 ) -> FastAPI:
     """Build the application.
 
     `model` replaces the checkpoint that `settings` names. `on_fatal` is called when the worker is lost; by default
-    the process exits with status 70, so that whatever started it can start it again.
+    the process exits with status 70, so that whatever started it can start it again. `checkpoints` decides which
+    version serves, here and in other processes; by default this process decides for itself.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -43,12 +48,15 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = app.state.engine = Engine(settings, metrics)
-        checkpoints = app.state.checkpoints = Checkpoints(engine, settings)
+        own = Checkpoints(settings, lambda result: metrics.swaps.labels(result).inc())
+        app.state.checkpoints = checkpoints or own
         tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
+        if metrics.shared:
+            tasks.append(asyncio.create_task(health.publish_gauges(engine)))
         try:
-            await _start(checkpoints, model)
-            if settings.watch_seconds:
-                tasks.append(asyncio.create_task(checkpoints.watch()))
+            await _start(app.state.checkpoints, Versions(engine, settings), model)
+            if settings.watch_seconds and checkpoints is None:
+                tasks.append(asyncio.create_task(own.watch()))
             yield
         finally:
             await engine.drain(0)
@@ -84,9 +92,10 @@ def create_app(
     return app
 
 
-async def _start(checkpoints: Checkpoints, model: Model | None) -> None:
+async def _start(checkpoints: CheckpointControl, versions: Versions, model: Model | None) -> None:
     try:
-        await checkpoints.start(model)
+        first = await versions.start(model, await checkpoints.first_folder())
+        await checkpoints.join(versions, first)
     except ScaledownError as error:
         log.critical("the service cannot start", extra={"reason": error.message})
         raise

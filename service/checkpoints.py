@@ -1,86 +1,145 @@
-"""Changes the checkpoint under load: load beside the old one, verify, warm up, switch, drain, keep for rollback.
+"""Changes the checkpoint under load, in one process or in several at once: all of them switch, or none does.
 
-A checkpoint that fails at any step changes nothing. Versions are immutable: `<folder>@<start of the manifest's
-sha256>`, so a folder that was replaced is another version. Knows no HTTP.
+Two phases. Every replica loads the new checkpoint beside the old one, verifies it and warms it up; only when all have
+done so does any switch. What one replica refuses changes nothing anywhere. Versions are immutable: `<folder>@<start of
+the manifest's sha256>`, so a folder that was replaced is another version. Knows no HTTP, no models and no processes.
 """
 
 import asyncio
-import hashlib
+import contextlib
 import logging
-import os
 import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from core.errors import BaseModelError, CheckpointError, ConfigError
-from core.manifest import MANIFEST, read_bounded
-from core.model import Model
-from service.engine import Engine, Version
-from service.loading import SHIPPED, load_model, warm_up
-from service.settings import Settings
+from core.errors import CheckpointError
+from service.settings import SHIPPED, Settings
 
 log = logging.getLogger(__name__)
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# What a load needs for a moment beyond the weights themselves: file buffers, the golden example's activations.
-LOADING_FACTOR = 1.2
 
 
-class Checkpoints:
-    """The versions in memory: the active one and those kept. Used from the event loop only."""
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A version and the folder it is loaded from; None: the untrained model of the settings."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._lock = asyncio.Lock()
-        self.kept: list[Version] = []  # oldest first
-        configured = settings.checkpoint or SHIPPED
-        self.root = settings.checkpoint_root or configured.absolute().parent
+    version: str
+    folder: Path | None
 
-    def available(self) -> list[str]:
-        """Names of the checkpoint folders under the root."""
-        if not self.root.is_dir():
-            return []
-        names = sorted(path.name for path in self.root.iterdir() if (path / MANIFEST).is_file())
-        return [name for name in names if FOLDER_NAME.fullmatch(name)]
 
-    async def start(self, model: Model | None) -> None:
-        """Load (unless given), warm up and activate the first version."""
-        loop = asyncio.get_running_loop()
-        loaded = model if model is not None else await loop.run_in_executor(None, load_model, self._settings)
-        await loop.run_in_executor(None, warm_up, loaded)
-        self._engine.activate(self._engine.open_version(loaded))
-        log.info("ready", extra={"checkpoint": loaded.name, "trained": loaded.config.trained})
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """The version that serves, and those that are kept, the next rollback last."""
+
+    active: str
+    kept: tuple[str, ...]
+
+
+class Replica(Protocol):
+    """One process's loaded versions. `prepare` may fail; `commit` and `discard` do not, unless the process is gone."""
+
+    async def prepare(self, folder: Path | None, version: str | None) -> str:
+        """Have the folder's version in memory, verified and warm, and return its name; it must be `version` if given.
+
+        Raises CheckpointError.
+        """
+
+    async def commit(self, active: str, kept: Sequence[str]) -> None:
+        """Start new requests on `active` and unload what is neither that nor among `kept`."""
+
+    async def discard(self) -> None:
+        """Forget what was prepared since the last commit."""
+
+
+class CheckpointControl(Protocol):
+    """What one process sees of the changes: `Checkpoints` itself, or a link to the one in another process."""
+
+    async def first_folder(self) -> Path | None:
+        """The folder that a process which starts now has to load; None: whatever the settings say."""
+
+    async def join(self, replica: Replica, checkpoint: Checkpoint) -> None:
+        """Take in a replica that has prepared `checkpoint`; when this returns, it serves the active version."""
 
     async def load(self, name: str) -> str:
         """Load and verify a folder under the root and keep it; return its version. Raises CheckpointError."""
-        async with self._changing():
-            version = await self._loaded(self._folder(name))
-            if version is not self._engine.active and version not in self.kept:
-                self._keep(version)
-            return version.model.name
 
     async def activate(self, name: str) -> str:
-        """Serve a folder under the root, or a version that is kept, from now on; return its version."""
-        async with self._changing():
-            kept = next((version for version in self.kept if version.model.name == name), None)
-            return self._switch(kept or await self._loaded(self._folder(name)))
+        """Serve a folder under the root, or a version that is kept; return its version. Raises CheckpointError."""
 
     async def roll_back(self) -> str:
         """Serve the version that was kept last. Raises CheckpointError where none is."""
-        async with self._changing():
-            if not self.kept:
-                raise CheckpointError("no earlier checkpoint is kept in memory")
-            return self._switch(self.kept[-1])
 
     async def follow_link(self) -> None:
         """Serve what the configured checkpoint path points at now; log, and keep the old one, where that fails."""
-        if self._settings.checkpoint is None or self._lock.locked():
+
+    async def state(self) -> CheckpointState:
+        """Which versions there are."""
+
+
+class Checkpoints:
+    """Decides which version serves in every replica. Used from one event loop only.
+
+    `count` is told how each attempt ended: "ok" or "refused".
+    """
+
+    def __init__(self, settings: Settings, count: Callable[[str], None]) -> None:
+        self.replicas: list[Replica] = []
+        self._settings = settings
+        self._count = count
+        self._active: Checkpoint | None = None
+        self._kept: list[Checkpoint] = []  # oldest first
+        self._exclusive = asyncio.Lock()
+        self._changing = False
+        self._root = checkpoint_root(settings)
+
+    async def first_folder(self) -> Path | None:
+        """The active version's folder, or the configured one: its link is followed now, once for all replicas."""
+        if self._active is not None:
+            return self._active.folder
+        return self._settings.checkpoint and self._settings.checkpoint.resolve()
+
+    async def join(self, replica: Replica, checkpoint: Checkpoint) -> None:
+        """Take in a replica. One that starts during a change waits for its end, and takes part in what follows."""
+        async with self._exclusive:
+            if self._active is None:
+                self._active = checkpoint
+            elif checkpoint.version != self._active.version:
+                await replica.prepare(self._active.folder, self._active.version)
+            await replica.commit(self._active.version, self._kept_names())
+            self.replicas.append(replica)
+
+    async def load(self, name: str) -> str:
+        """Have a folder under the root in memory, to be activated later."""
+        async with self._change():
+            target = await self._prepare(self._folder(name), None)
+            if target.version not in (self._version(), *self._kept_names()):
+                self._keep(target)
+            await self._commit()
+            return target.version
+
+    async def activate(self, name: str) -> str:
+        """Serve a folder under the root, or a version that is in memory, from now on."""
+        async with self._change():
+            in_memory = [*self._kept, *([self._active] if self._active else [])]
+            known = next((each for each in in_memory if each.version == name), None)
+            return await self._switch(known.folder if known else self._folder(name), known and known.version)
+
+    async def roll_back(self) -> str:
+        """Serve the version that was kept last."""
+        async with self._change():
+            if not self._kept:
+                raise CheckpointError("no earlier checkpoint is kept in memory")
+            return await self._switch(self._kept[-1].folder, self._kept[-1].version)
+
+    async def follow_link(self) -> None:
+        """Serve what the configured path points at now. Nothing happens while another change is under way."""
+        if self._settings.checkpoint is None or self._changing or self._active is None:
             return
         try:
-            async with self._changing():
-                folder = self._settings.checkpoint.resolve()
-                active = self._engine.active
-                if active is None or active.model.name != version_of(folder):
-                    self._switch(await self._loaded(folder))
+            async with self._change():
+                await self._switch(self._settings.checkpoint.resolve(), None)
         except CheckpointError as error:
             log.error("the new checkpoint is refused", extra={"reason": error.message})
 
@@ -94,87 +153,76 @@ class Checkpoints:
                 seen = target
                 await self.follow_link()
 
-    def _changing(self) -> asyncio.Lock:
-        if self._lock.locked():
+    async def state(self) -> CheckpointState:
+        """Which versions there are."""
+        return CheckpointState(self._version(), self._kept_names())
+
+    @contextlib.asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """One change at a time; a replica that joins meanwhile waits."""
+        if self._changing:
             raise CheckpointError("another change of the checkpoint is under way")
-        return self._lock
+        self._changing = True
+        try:
+            async with self._exclusive:
+                yield
+        except CheckpointError:
+            self._count("refused")
+            raise
+        finally:
+            self._changing = False
+
+    async def _prepare(self, folder: Path | None, version: str | None) -> Checkpoint:
+        """The first phase, one replica after the other: each checks the memory that those before have left."""
+        if not self.replicas:
+            raise CheckpointError("no worker is up that could load a checkpoint")
+        try:
+            for replica in tuple(self.replicas):
+                version = await replica.prepare(folder, version)
+        except BaseException:
+            await asyncio.gather(*(replica.discard() for replica in self.replicas), return_exceptions=True)
+            raise
+        assert version is not None  # there is a replica, and it has named what it loaded
+        return Checkpoint(version, folder)
+
+    async def _switch(self, folder: Path | None, version: str | None) -> str:
+        """New requests start on what is prepared here; the version that served until now is kept."""
+        target, before = await self._prepare(folder, version), self._active
+        if before is not None and target.version != before.version:
+            self._kept = [kept for kept in self._kept if kept.version != target.version]
+            self._keep(before)
+            self._active = target  # from here on it is decided: a replica that dies comes back with the new version
+            await self._commit()
+            self._count("ok")
+            log.info("checkpoint active", extra={"checkpoint": target.version, "before": before.version})
+        return target.version
+
+    async def _commit(self) -> None:
+        """The second phase. It can fail only in a replica whose process is gone."""
+        commits = (replica.commit(self._version(), self._kept_names()) for replica in tuple(self.replicas))
+        for outcome in await asyncio.gather(*commits, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                log.error("a worker did not switch and has to start again", extra={"reason": str(outcome)})
+
+    def _keep(self, checkpoint: Checkpoint) -> None:
+        self._kept.append(checkpoint)
+        del self._kept[: max(0, len(self._kept) - self._settings.keep_checkpoints)]
+
+    def _version(self) -> str:
+        return self._active.version if self._active else ""
+
+    def _kept_names(self) -> tuple[str, ...]:
+        return tuple(kept.version for kept in self._kept)
 
     def _folder(self, name: str) -> Path:
         """The folder of that name under the root; nothing outside of it can be named, not through links either."""
-        root = self.root.resolve()
+        root = self._root.resolve()
         folder = (root / name).resolve()
         if not FOLDER_NAME.fullmatch(name) or not folder.is_relative_to(root):
             raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
         return folder
 
-    async def _loaded(self, folder: Path) -> Version:
-        """The version of `folder`, from memory or freshly loaded, verified and warm."""
-        loop, engine = asyncio.get_running_loop(), self._engine
-        try:
-            name = await loop.run_in_executor(None, version_of, folder)
-            for version in [*self.kept, *([engine.active] if engine.active else [])]:
-                if version.model.name == name:
-                    return version
-            self._check_memory(folder)
-            model = await loop.run_in_executor(None, load_model, self._settings, folder)
-            await loop.run_in_executor(None, warm_up, model)
-        except (BaseModelError, CheckpointError, ConfigError) as error:
-            engine.metrics.swaps.labels("refused").inc()
-            raise CheckpointError(error.message) from None
-        except Exception as error:
-            engine.metrics.swaps.labels("refused").inc()
-            log.exception("a checkpoint could not be loaded")
-            raise CheckpointError(f"{folder.name}: could not be loaded ({type(error).__name__})") from None
-        return engine.open_version(model)
 
-    def _check_memory(self, folder: Path) -> None:
-        """Refuse what would not fit beside the versions in memory, before it is loaded."""
-        active = self._engine.active
-        needed = int(LOADING_FACTOR * max(_file_bytes(folder), model_bytes(active.model) if active else 0))
-        loaded = sum(model_bytes(version.model) for version in self.kept) + (model_bytes(active.model) if active else 0)
-        limit = self._settings.max_model_bytes
-        free = limit - loaded if limit else _free_bytes()
-        if needed > free:
-            raise CheckpointError(
-                f"{folder.name}: needs about {needed >> 20} MiB beside the {loaded >> 20} MiB that are loaded, "
-                f"and {max(0, free) >> 20} MiB are free"
-            )
-
-    def _switch(self, version: Version) -> str:
-        """New requests start on `version`; the one that served until now is kept."""
-        old = self._engine.active
-        if version is not old:
-            self._engine.activate(version)
-            self.kept = [kept for kept in self.kept if kept is not version]
-            if old is not None:
-                self._keep(old)
-            self._engine.metrics.swaps.labels("ok").inc()
-            log.info("checkpoint active", extra={"checkpoint": version.model.name, "before": old and old.model.name})
-        return version.model.name
-
-    def _keep(self, version: Version) -> None:
-        self.kept.append(version)
-        while len(self.kept) > self._settings.keep_checkpoints:
-            self._engine.retire(self.kept.pop(0))
-
-
-def version_of(folder: Path) -> str:
-    """The name that `core.checkpoint.load_checkpoint` will give to what is in `folder`, without loading it."""
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder.name}: there is no checkpoint of this name")
-    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return f"{folder.name}@{digest[:12]}"
-
-
-def model_bytes(model: Model) -> int:
-    """Bytes of a model's weights in memory."""
-    parameters = [*model.generator.parameters(), *model.compressor.parameters()]
-    return sum(parameter.nbytes for parameter in parameters)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def checkpoint_root(settings: Settings) -> Path:
+    """The folder whose checkpoints may be swapped in."""
+    return settings.checkpoint_root or (settings.checkpoint or SHIPPED).absolute().parent

@@ -23,7 +23,7 @@ from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent
 from service.lane import Lane
 from service.limits import AnyRequest, check_limits, check_prompt, check_tokens, estimated_tokens
 from service.logs import current_request_id
-from service.metrics import Metrics
+from service.metrics import STAGES, Metrics
 from service.preparation import Prepared, prepare_request
 from service.schemas import AnswerRequest, CompressRequest
 from service.settings import Settings
@@ -86,7 +86,9 @@ class Engine:
 
     def _unload_if_idle(self, version: Version) -> None:
         if version.retired and version.sessions == 0:
-            self.metrics.forget(version.model.name)
+            name = version.model.name
+            if self.active is None or self.active.model.name != name:  # it may have been loaded again meanwhile
+                self.metrics.forget(name)
             self.worker.close(version.lane)
 
     async def open(self, body: AnyRequest, version: Version | None = None) -> "Session":
@@ -215,11 +217,18 @@ class Session:
             pass
         return event
 
+    @property
+    def stage(self) -> str:
+        """The stage that the request is in or waits for, as `timings_ms` names them."""
+        if self._job is None:
+            return "tokenize"
+        return next((stage for stage in STAGES[1:] if stage not in self._job.marks), STAGES[-1])
+
     def timings_ms(self) -> dict[str, float]:
         """Milliseconds of each stage the request has been through, and in all."""
         marks = self._job.marks if self._job else {}
         stages, last = {"tokenize": self._queued - self._began}, self._queued
-        for stage in ("queue", "compress", "first_token", "decode"):
+        for stage in STAGES[1:]:
             if stage in marks:
                 stages[stage], last = marks[stage] - last, marks[stage]
         stages["total"] = time.perf_counter() - self._began

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 from fastapi import APIRouter, Request
@@ -10,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from core.errors import EngineError
 from service.engine import Engine
 from service.errors import NotReadyError
+from service.metrics import STAGES
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -42,11 +44,25 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     engine: Engine = request.app.state.engine
-    shown = engine.metrics
+    set_gauges(engine)
+    return Response(engine.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def set_gauges(engine: Engine) -> None:
+    """Bring the gauges up to date."""
+    shown, stages = engine.metrics, Counter(session.stage for session in engine.sessions)
     shown.in_flight.set(engine.gate.requests)
     shown.reserved_tokens.set(engine.gate.tokens)
     shown.store_bytes.set(engine.store.size)
-    return Response(shown.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    for stage in STAGES:
+        shown.in_stage.labels(stage).set(stages[stage])
+
+
+async def publish_gauges(engine: Engine) -> None:
+    """Keep this process's gauges true for whichever worker is asked for the metrics of all."""
+    while True:
+        set_gauges(engine)
+        await asyncio.sleep(CHECK_SECONDS)
 
 
 def worker_trouble(engine: Engine) -> str | None:

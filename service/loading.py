@@ -11,11 +11,15 @@ from core.model import Model, build_model
 from core.passages import Passage
 from core.pipeline import answer
 from core.sampling import GenerationOptions
-from service.settings import Settings
+from service.settings import SHIPPED, Settings
 
 log = logging.getLogger(__name__)
-SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def configured_folder(settings: Settings) -> Path | None:
+    """The folder that the settings name, else the shipped checkpoint's; None: an untrained model."""
+    return settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
 
 
 def load_model(settings: Settings, folder: Path | None = None) -> Model:
@@ -25,7 +29,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    folder = folder or settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
+    folder = folder or configured_folder(settings)
     dtype = DTYPES[settings.dtype]
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)

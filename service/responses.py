@@ -122,6 +122,7 @@ def record_response(session: Session, compressed: Compressed, response: BaseMode
     if isinstance(response, AnswerResponse):
         metrics.text_tokens.labels(checkpoint).inc(response.usage.text_tokens)
         metrics.prompt_tokens.labels(checkpoint).inc(response.usage.prompt_tokens)
+        metrics.saved_tokens.labels(checkpoint).inc(max(0, response.usage.tokens_saved))
         metrics.completion_tokens.labels(checkpoint).inc(response.usage.completion_tokens)
         metrics.first_token_seconds.observe(session.seconds_to_first_token())
 

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from core.errors import ConfigError
 
 PREFIX = "SCALEDOWN_"
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -24,6 +25,13 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and logs it")
+
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="processes that serve; each loads the weights and has every limit below, but for --threads, to itself",
+    )
 
     checkpoint: Path | None = Field(
         default=None, description="checkpoint folder; unset: checkpoints/demo if it exists, else an untrained model"
@@ -40,7 +48,9 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="number format of the weights"
     )
-    threads: int = Field(default=0, ge=0, description="threads of one operation on the CPU; 0: torch decides")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of one operation, shared out among the workers; 0: torch decides"
+    )
     keep_checkpoints: int = Field(default=1, ge=0, description="earlier checkpoints kept in memory to roll back to")
     max_model_bytes: int = Field(
         default=0, ge=0, description="memory for all loaded checkpoints together; 0: what the machine has free"
@@ -90,6 +100,12 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr | None = Field(
         default=None, description="key of /admin, plain or sha256:<hex>; unset: /admin is off"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="OpenTelemetry collector (OTLP over HTTP) that gets traces, such as http://collector:4318; unset: "
+        "the standard OTEL_EXPORTER_OTLP_* variables, and without them no traces",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe log line shown"

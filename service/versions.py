@@ -1,0 +1,134 @@
+"""The checkpoint versions in this process's memory: loaded, verified, warmed up, served, unloaded.
+
+Does not decide which one serves: `service.checkpoints` does, for this process and others like it. Knows no HTTP.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.errors import BaseModelError, CheckpointError, ConfigError
+from core.manifest import MANIFEST, read_bounded
+from core.model import Model
+from service.checkpoints import FOLDER_NAME, Checkpoint
+from service.engine import Engine, Version
+from service.loading import configured_folder, load_model, warm_up
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+# What a load needs for a moment beyond the weights themselves: file buffers, the golden example's activations.
+LOADING_FACTOR = 1.2
+
+
+class Versions:
+    """A `Replica`: what this process has loaded. Used from the event loop only."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._loaded: dict[str, Version] = {}
+        self._wanted: tuple[str, ...] = ()
+
+    async def start(self, model: Model | None, folder: Path | None) -> Checkpoint:
+        """Load (unless given) and warm up the first version. Raises what the load raises."""
+        loop = asyncio.get_running_loop()
+        if model is None:
+            folder = folder or configured_folder(self._settings)
+            model = await loop.run_in_executor(None, load_model, self._settings, folder)
+        await loop.run_in_executor(None, warm_up, model)
+        self._add(model)
+        return Checkpoint(model.name, folder)
+
+    async def prepare(self, folder: Path | None, version: str | None) -> str:
+        """The version of `folder`, from memory or freshly loaded, verified and warm. Raises CheckpointError."""
+        if version in self._loaded:
+            return version
+        label = folder.name if folder else "the untrained model"
+        try:
+            return await self._load(folder, version, label)
+        except (BaseModelError, CheckpointError, ConfigError) as error:
+            raise CheckpointError(error.message) from None
+        except Exception as error:
+            log.exception("a checkpoint could not be loaded")
+            raise CheckpointError(f"{label}: could not be loaded ({type(error).__name__})") from None
+
+    async def commit(self, active: str, kept: Sequence[str]) -> None:
+        """New requests start on `active`; what is neither that nor kept is unloaded after its last request."""
+        self._engine.activate(self._loaded[active])
+        self._wanted = (active, *kept)
+        await self.discard()
+
+    async def discard(self) -> None:
+        """Unload what nobody wants."""
+        for name in [name for name in self._loaded if name not in self._wanted]:
+            self._engine.retire(self._loaded.pop(name))
+        self._measure()
+
+    async def _load(self, folder: Path | None, version: str | None, label: str) -> str:
+        loop = asyncio.get_running_loop()
+        if folder is not None:
+            name = await loop.run_in_executor(None, version_of, folder)
+            if version is not None and name != version:
+                raise CheckpointError(f"{label}: has changed on disk: it is {name} now and was {version}")
+            if name in self._loaded:
+                return name
+            self._check_memory(folder)
+        model = await loop.run_in_executor(None, load_model, self._settings, folder)
+        await loop.run_in_executor(None, warm_up, model)
+        if version is not None and model.name != version:
+            raise CheckpointError(f"{label}: is {model.name} now and was {version}")
+        self._add(model)
+        return model.name
+
+    def _add(self, model: Model) -> None:
+        self._loaded[model.name] = self._engine.open_version(model)
+        self._engine.metrics.checkpoint.labels(model.name).set(0)
+        self._measure()
+
+    def _measure(self) -> None:
+        self._engine.metrics.model_bytes.set(sum(model_bytes(version.model) for version in self._loaded.values()))
+
+    def _check_memory(self, folder: Path) -> None:
+        """Refuse what would not fit beside the versions in memory, before it is loaded."""
+        sizes = [model_bytes(version.model) for version in self._loaded.values()]
+        needed = int(LOADING_FACTOR * max(_file_bytes(folder), *sizes))
+        limit = self._settings.max_model_bytes
+        free = limit - sum(sizes) if limit else _free_bytes()
+        if needed > free:
+            raise CheckpointError(
+                f"{folder.name}: needs about {needed >> 20} MiB beside the {sum(sizes) >> 20} MiB that are loaded, "
+                f"and {max(0, free) >> 20} MiB are free"
+            )
+
+
+def version_of(folder: Path) -> str:
+    """The name that `core.checkpoint.load_checkpoint` will give to what is in `folder`, without loading it."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder.name}: there is no checkpoint of this name")
+    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
+    return f"{folder.name}@{digest[:12]}"
+
+
+def available_under(root: Path) -> list[str]:
+    """Names of the checkpoint folders under `root`."""
+    if not root.is_dir():
+        return []
+    names = sorted(path.name for path in root.iterdir() if (path / MANIFEST).is_file())
+    return [name for name in names if FOLDER_NAME.fullmatch(name)]
+
+
+def model_bytes(model: Model) -> int:
+    """Bytes of a model's weights in memory."""
+    parameters = [*model.generator.parameters(), *model.compressor.parameters()]
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
