@@ -23,7 +23,7 @@ from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
 from service import demo
-from service.checkpoints import version_of
+from service.versions import version_of
 
 BODY: dict[str, Any] = {
     "query": "Who discovered polonium?",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from core.checkpoint import load_checkpoint
 from service.app import create_app
-from service.checkpoints import version_of
+from service.versions import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error
 from tests.service.conftest import make_settings, serve_app
 
