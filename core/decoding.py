@@ -13,7 +13,7 @@ import torch
 
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator
-from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots
+from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots, Prefix
 from core.prompts import Prompt, stack_prompts
 from core.rows import plan_batches
 from core.sampling import GenerationOptions, RowSampler
@@ -71,17 +71,21 @@ class Completion:
 class DecodeBatch:
     """A running batch of at most `max_sequences` sequences of at most `max_tokens` tokens, prompt and answer.
 
+    A prompt that begins with `prefix` (`read_prefix`) shares its keys and values: beside a few memory embeddings the
+    instruction is a good part of the prompt.
+
     Not thread-safe: one thread drives it. If `add` or `step` raises, the sequences that were live still are, as they
     were before the call, and it can be called again.
     """
 
-    def __init__(self, generator: Generator, max_sequences: int, max_tokens: int) -> None:
+    def __init__(self, generator: Generator, max_sequences: int, max_tokens: int, prefix: Prefix | None = None) -> None:
         self.generator = generator
         self.max_sequences = max_sequences
         self.max_tokens = min(max_tokens, generator.max_tokens)
         config = generator.model.config
         self._cache = KVSlots(config.num_hidden_layers, max_sequences, self.max_tokens)
         self._masks = AttentionMasks(config, generator.dtype)
+        self._prefix = prefix
         self._sampler = RowSampler(max_sequences, self.max_tokens, config.vocab_size, generator.device, generator.dtype)
         self._sequences: list[Sequence] = []  # by row: first those that decode, then those only prefilled yet
         self._decoding = 0  # the first rows, whose newest token awaits its forward pass; the others have logits
@@ -157,21 +161,24 @@ class DecodeBatch:
         return Sequence(options, prompt.tokens, min(options.max_new_tokens, self.max_tokens - prompt.tokens), stream)
 
     def _prefill(self, prompts: list[Prompt], sequences: list[Sequence]) -> None:
-        """One forward pass over whole prompts, into the rows behind the live ones."""
+        """One forward pass over prompts, or what follows their shared prefix, into the rows behind the live ones."""
         generator, first, device = self.generator, self.live, self.generator.device
+        prefix = self._prefix
+        if prefix and not all(prompt.begins_with(prefix.ids) for prompt in prompts):
+            prefix = None
+        shared = len(prefix.ids) if prefix else 0
         batch = stack_prompts(prompts)
-        ids, memory_mask = batch.ids.to(device), batch.memory_mask.to(device)  # (B, T) each
-        embeddings = generator.splice(ids, memory_mask, batch.memory.to(device))  # (B, T, d)
-        length = ids.shape[1]
-        self._cache.begin_prefill(first)
+        length = batch.ids.shape[1]
+        ids, memory_mask = batch.ids[:, shared:].to(device), batch.memory_mask[:, shared:].to(device)  # (B, T) each
+        self._cache.begin_prefill(first, prefix)
         hidden = generator.hidden_states(
-            embeddings,
-            mask=self._masks.prefill(length, device),
-            positions=torch.arange(length, device=device)[None],
+            generator.splice(ids, memory_mask, batch.memory.to(device)),  # (B, T, d)
+            mask=self._masks.prefill(shared, length, device),
+            positions=torch.arange(shared, length, device=device)[None],
             cache=self._cache,
         )
         lengths = [prompt.tokens for prompt in prompts]
-        ends = torch.tensor(lengths, device=device) - 1
+        ends = torch.tensor(lengths, device=device) - 1 - shared
         logits = generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])  # (B, V)
         self._sampler.join(first, logits, lengths, [sequence.options for sequence in sequences])
         for row, sequence in enumerate(sequences, start=first):
@@ -220,6 +227,20 @@ class DecodeBatch:
         self._sampler.move(source, target)
         self._sequences[target] = sequence
         sequence.row = target
+
+
+@torch.inference_mode()
+def read_prefix(generator: Generator, ids: Many[int]) -> Prefix:
+    """Read tokens that prompts begin with (`PromptTemplate.prefix`) once, for every `DecodeBatch` of these weights."""
+    tokens = torch.tensor(ids, dtype=torch.int64, device=generator.device)
+    size, config = len(tokens), generator.model.config
+    cache = KVSlots(config.num_hidden_layers, 1, size)
+    cache.reserve(1, size)
+    cache.begin_prefill(0)
+    mask = AttentionMasks(config, generator.dtype).prefill(0, size, generator.device)
+    positions = torch.arange(size, device=generator.device)[None]
+    generator.hidden_states(generator.embed(tokens[None]), mask=mask, positions=positions, cache=cache)
+    return cache.prefix(tokens.cpu())
 
 
 def generate(

@@ -1,10 +1,12 @@
 """Keys and values of many sequences in static slots, in the shape of transformers' `Cache`. Knows no sequences.
 
 Row i of a forward pass reads and writes slot i, so live sequences must stand in the first slots. A prefill writes
-positions [0, T) of its slots, padding and all; a decode step writes one position of each slot and attends to the
-slots where they lie. Nothing is allocated or copied from step to step.
+positions [P, P + T) of its slots, padding and all, behind a prefix of P positions that is computed once and copied; a
+decode step writes one position of each slot and attends to the slots where they lie. Nothing is allocated or copied
+from step to step.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 CAPACITY_STEP = 128  # positions; capacity grows to a multiple of this, and at least doubles
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens that many prompts begin with, and their keys and values.
+
+    ids  (P,) int64; layers  for each layer keys and values `(1, kv_heads, P, head_dim)`
+    """
+
+    ids: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
 
 
 class KVSlots:
@@ -29,6 +42,7 @@ class KVSlots:
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers  # made by the first pass, which knows their shape
         self._first = 0  # of a prefill: its first slot
+        self._prefix: Prefix | None = None  # of a prefill: what its rows go on from
         self._positions: Tensor | None = None  # (n,) int64 of a decode step: where each row writes; None: prefill
         self._rows = torch.empty(0, dtype=torch.int64)  # of a decode step: 0 .. n - 1
         self._width = 0  # of a decode step: positions that are attended to
@@ -55,9 +69,16 @@ class KVSlots:
         """Memory held now."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
 
-    def begin_prefill(self, first: int) -> None:
-        """The next forward pass writes whole prompts to the slots from `first` on."""
-        self._first, self._positions = first, None
+    def begin_prefill(self, first: int, prefix: Prefix | None = None) -> None:
+        """The next forward pass writes prompts to the slots from `first` on: whole ones, or what follows `prefix`."""
+        self._first, self._prefix, self._positions = first, prefix, None
+
+    def prefix(self, ids: Tensor) -> Prefix:
+        """What slot 0 holds, as a prefix of the tokens `ids` (P,) that a prefill has put there."""
+        size = len(ids)
+        pairs = zip(self._keys, self._values, strict=True)
+        layers = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
+        return Prefix(ids, tuple((keys[:1, :, :size].clone(), values[:1, :, :size].clone()) for keys, values in layers))
 
     def begin_decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass writes one token a row at `positions` `(n,)` and reads positions [0, width)."""
@@ -73,13 +94,20 @@ class KVSlots:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values `(n, kv_heads, T, head_dim)`; returns what to attend to.
 
-        A prefill attends to what it brought; a decode step (T = 1) to `(n, kv_heads, width, head_dim)` of its slots.
+        A prefill attends to the prefix and what it brought; a decode step (T = 1) to `(n, kv_heads, width, head_dim)`
+        of its slots.
         """
         stored = (self._store(self._keys, layer_idx, keys), self._store(self._values, layer_idx, values))
-        if self._positions is None:
+        if self._positions is not None:
+            n = len(self._positions)
+            return stored[0][:n, :, : self._width], stored[1][:n, :, : self._width]
+        if self._prefix is None:
             return keys, values
-        n = len(self._positions)
-        return stored[0][:n, :, : self._width], stored[1][:n, :, : self._width]
+        shared = len(self._prefix.ids)
+        rows, end = slice(self._first, self._first + keys.shape[0]), shared + keys.shape[2]
+        for tensor, prefix in zip(stored, self._prefix.layers[layer_idx], strict=True):
+            tensor[rows, :, :shared] = prefix
+        return stored[0][rows, :, :end], stored[1][rows, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before a prefill's first: none. Decode steps bring their own positions and masks."""
@@ -100,7 +128,9 @@ class KVSlots:
             _, heads, _, head_dim = new.shape
             tensor = tensors[layer] = new.new_zeros(self.slots, heads, self.capacity, head_dim)
         if self._positions is None:
-            tensor[self._first : self._first + new.shape[0], :, : new.shape[2]] = new
+            rows = slice(self._first, self._first + new.shape[0])
+            shared = 0 if self._prefix is None else len(self._prefix.ids)
+            tensor[rows, :, shared : shared + new.shape[2]] = new
         else:
             tensor[self._rows, :, self._positions] = new[:, :, 0]  # (n, kv_heads, head_dim)
         return tensor
@@ -125,14 +155,14 @@ class AttentionMasks:
         self._window: int | None = window if not kinds or "sliding_attention" in kinds else None
         self._dtype = dtype
 
-    def prefill(self, length: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
-        """Of a right-padded batch of `length` positions, `(1, 1, T, T)`; None where plain causal attention will do.
+    def prefill(self, first: int, length: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
+        """Of positions [first, length) of a right-padded batch, `(1, 1, length - first, length)`.
 
-        Causal attention never looks right, so padding needs no mask.
+        None where plain causal attention will do. It never looks right, so padding needs no mask.
         """
-        if self._window is None or length <= self._window:
+        if first == 0 and (self._window is None or length <= self._window):
             return None
-        positions = torch.arange(length, device=device)
+        positions = torch.arange(first, length, device=device)
         return self._build(positions[None], length)
 
     def decode(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:

@@ -7,7 +7,7 @@ caller spells out in a passage or a question stay plain text.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
@@ -69,6 +69,12 @@ class Prompt:
         """Positions the generator reads: text tokens and memory embeddings alike."""
         return self.ids.shape[0]
 
+    def begins_with(self, prefix: Tensor) -> bool:
+        """Whether this is the tokens `prefix` (P,) int64 and something more."""
+        size = len(prefix)
+        same = self.tokens > size and torch.equal(self.ids[:size], prefix)
+        return same and not bool(self.memory_mask[:size].any())
+
 
 class PromptTemplate:
     """`config`'s words and `tokenizer`'s chat template, tokenised once. Safe to share between threads once built."""
@@ -79,6 +85,8 @@ class PromptTemplate:
         self._background = encode(tokenizer, "Background:").ids
         self._question = encode(tokenizer, "\nQuestion: ").ids
         self._labels: dict[int, list[int]] = {}
+        # What every prompt with a passage in it begins with.
+        self.prefix: tuple[int, ...] = (*self._head, *self._background, *self._label(1))
 
     def layout(self, query: str, blocks: Iterable[Sequence[int] | int]) -> Layout:
         """Lay out a prompt; a block is a passage's generator token ids, or its number of memory embeddings."""
@@ -96,6 +104,11 @@ class PromptTemplate:
         for start, end in spans:
             mask[start:end] = True
         return Layout(torch.tensor(ids, dtype=torch.int64), mask)
+
+    def frame(self, query: str, passages: int) -> list[int]:
+        """Tokens of a prompt around its passages, by how many there are: from none to `passages`."""
+        labels = (len(self._label(number)) for number in range(1, passages + 1))
+        return list(accumulate(labels, initial=len(self.layout(query, ()).ids)))
 
     def build(self, query: str, blocks: Sequence[Block]) -> Prompt:
         """The prompt of `query` with one block a passage, in the order given."""

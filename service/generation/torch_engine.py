@@ -7,8 +7,9 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
-from core.decoding import DecodeBatch, Sequence
-from core.generator import Generator
+from core.decoding import DecodeBatch, Sequence, read_prefix
+from core.kv_slots import Prefix
+from core.model import Model
 from core.prompts import Prompt
 from service.failures import free_memory, out_of_memory, shown
 from service.jobs import AnswerPlan, Delta, Failed, Finished, Job
@@ -46,8 +47,12 @@ class Running:
 class TorchEngine:
     """The decode batch of one model, and the prompts that wait for a slot in it: a `GeneratorEngine`."""
 
-    def __init__(self, generator: Generator, settings: Settings, metrics: Metrics) -> None:
-        self._generator = generator
+    trouble: str | None = None
+
+    def __init__(self, model: Model, settings: Settings, metrics: Metrics) -> None:
+        self._generator = model.generator
+        self._prefix_ids = model.template.prefix
+        self._prefix: Prefix | None = None  # read by the worker's thread, before its first prompt
         self._settings = settings
         self._metrics = metrics
         self._ready: deque[Waiting] = deque()
@@ -78,6 +83,9 @@ class TorchEngine:
         self._rest()
         return stepped or joined
 
+    async def verify(self) -> None:
+        """The weights are in this process, and were verified when they were loaded."""
+
     def _rest(self) -> None:
         """One long prompt makes every slot long: when nothing is running, that memory is given back."""
         if not self._running:
@@ -104,9 +112,12 @@ class TorchEngine:
         return running < self._settings.max_sequences and (fits or not running)
 
     def _prefill(self, group: list[Waiting]) -> None:
-        if self._decoder is None:
-            self._decoder = DecodeBatch(self._generator, self._settings.max_sequences, self._generator.max_tokens)
         try:
+            if self._prefix is None:
+                self._prefix = read_prefix(self._generator, self._prefix_ids)
+            if self._decoder is None:
+                slots, tokens = self._settings.max_sequences, self._generator.max_tokens
+                self._decoder = DecodeBatch(self._generator, slots, tokens, self._prefix)
             sequences = self._decoder.add([w.prompt for w in group], [w.plan.options for w in group])
         except Exception as error:
             failure = error if len(group) == 1 else error.with_traceback(None)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from core import decoding, sampling
 from core.base_models import BaseModel
 from core.config import PromptConfig
-from core.decoding import Completion, DecodeBatch, Event, generate, stream
+from core.decoding import Completion, DecodeBatch, Event, generate, read_prefix, stream
 from core.decoding import Sequence as DecodedSequence
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator, load_generator
@@ -111,6 +111,30 @@ def test_prompts_prefilled_in_several_passes_keep_their_order(
     sequences = batch.add(prompts, [GREEDY] * 4)
     drain(batch)
     assert [sequence.token_ids for sequence in sequences] == expected
+
+
+@pytest.mark.parametrize("split", [1, 7])
+def test_a_shared_prefix_changes_no_answer(generator: Generator, split: int) -> None:
+    prompts = [prompt_of(generator, seed, blocks=seed) for seed in range(1, 5)]
+    expected = [alone(generator, prompt, GREEDY).token_ids for prompt in prompts]
+    prefix = read_prefix(generator, prompts[0].ids[:split].tolist())
+    batch = DecodeBatch(generator, 4, 400, prefix)
+    sequences = batch.add(prompts[:1], [GREEDY])
+    batch.step()
+    sequences += batch.add(prompts[1:], [GREEDY] * 3)
+    drain(batch)
+    assert [sequence.token_ids for sequence in sequences] == expected
+
+
+def test_a_prompt_that_begins_otherwise_is_read_whole(qwen3: Generator) -> None:
+    prompt = prompt_of(qwen3, 3, blocks=2)
+    other = read_prefix(qwen3, [int(prompt.ids[0]) + 1, 5, 6])
+    longer = read_prefix(qwen3, [*prompt.ids.tolist(), 7])
+    for prefix in (other, longer):
+        batch = DecodeBatch(qwen3, 1, 400, prefix)
+        sequence = batch.add([prompt], [GREEDY])[0]
+        drain(batch)
+        assert sequence.token_ids == alone(qwen3, prompt, GREEDY).token_ids
 
 
 def drain(batch: DecodeBatch) -> list[Event]:
