@@ -7,10 +7,11 @@ Closed loops find the throughput; open loops show what callers wait at a rate th
 import asyncio
 import ipaddress
 import json
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,18 +56,23 @@ def require_loopback(url: str) -> None:
         raise ConfigError("url: must be a service on this machine, such as http://127.0.0.1:8000")
 
 
-async def closed_loop(connection: httpx.AsyncClient, bodies: Sequence[Body], clients: int) -> Outcome:
-    """`clients` at a time; each sends its next request as soon as its last is answered, and again if refused."""
-    outcome, waiting = Outcome(), list(reversed(bodies))
+async def closed_loop(
+    connection: httpx.AsyncClient, bodies: Iterable[Body], clients: int, seconds: float = math.inf
+) -> Outcome:
+    """`clients` at a time; each sends its next request as soon as its last is answered, and again if refused.
+
+    Ends after the last of `bodies`, which may be endless, or with the first answers after so many `seconds`.
+    """
+    outcome, waiting, began = Outcome(), iter(bodies), time.perf_counter()
 
     async def client() -> None:
-        while waiting:
-            body = waiting.pop()
+        for body in waiting:  # shared: each body is taken by one client
             while (retry_after := await _ask(connection, body, outcome)) is not None:
                 await asyncio.sleep(min(retry_after, MAX_RETRY_SECONDS))
+            if time.perf_counter() - began >= seconds:
+                return
 
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(min(clients, len(bodies)))))
+    await asyncio.gather(*(client() for _ in range(clients)))
     outcome.seconds = time.perf_counter() - began
     return outcome
 
