@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from core.errors import ScaledownError
 from service.logs import configure_logging
-from service.settings import PREFIX, Settings, check_environment
+from service.settings import PREFIX, Settings, check_environment, explain
 
 SECRETS = ("api_keys", "admin_key")  # not flags: the list of processes shows those to every user of the machine
 EPILOG = f"""
@@ -45,16 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until told to stop; the exit status."""
-    given = vars(build_parser().parse_args(arguments))
+    flags = vars(build_parser().parse_args(arguments))
+    given = {name: value for name, value in flags.items() if value != ""}  # as an empty variable: not given
     try:
         check_environment()
         settings = Settings(**given)
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
-        return 2
-    except ScaledownError as error:
-        print(error.message, file=sys.stderr)
+    except (ValidationError, ScaledownError) as error:
+        print(explain(error), file=sys.stderr)
         return 2
     configure_logging(settings.log_level)
     # Late: these import torch, and --help should not take seconds.

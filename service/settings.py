@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from core.errors import ConfigError
+from core.errors import ConfigError, ScaledownError
 
 PREFIX = "SCALEDOWN_"
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
@@ -19,9 +19,12 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
-    """All settings. The description of a field is its `--help` text; the flag of `max_passages` is `--max-passages`."""
+    """All settings. The description of a field is its `--help` text; the flag of `max_passages` is `--max-passages`.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    A variable that is set to nothing counts as unset: compose files and manifests cannot leave one out.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one and logs it")
@@ -126,6 +129,13 @@ class Settings(BaseSettings):
             if len(text) < 16:
                 raise ValueError("a key needs at least 16 characters")
         return value
+
+
+def explain(error: ValidationError | ScaledownError) -> str:
+    """Why a command cannot start, for the operator: a line for each setting that is wrong."""
+    if isinstance(error, ScaledownError):
+        return error.message
+    return "\n".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
 
 
 def check_environment(names: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from core.errors import ScaledownError
-from service.settings import Settings
+from service.settings import Settings, explain
 
 EPILOG = """
   python -m service.benchmark engine                          the shipped checkpoint, else an untrained model
@@ -90,12 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         result, text = _run(options)
-    except ValidationError as error:
-        for problem in error.errors():
-            print(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}", file=sys.stderr)
-        return 2
-    except ScaledownError as error:
-        print(error.message, file=sys.stderr)
+    except (ValidationError, ScaledownError) as error:
+        print(explain(error), file=sys.stderr)
         return 2
     print(text)
     _write(options.output, options.command, result)

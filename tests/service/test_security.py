@@ -170,3 +170,13 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SCALEDOWN_MAX_PASAGES", "3")
     with pytest.raises(ConfigError, match="SCALEDOWN_MAX_PASAGES"):
         check_environment()
+
+
+def test_a_variable_set_to_nothing_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CHECKPOINT", "PORT", "ADMIN_KEY", "API_KEYS"):
+        monkeypatch.setenv(f"SCALEDOWN_{name}", "")
+    settings = Settings()
+    assert settings.checkpoint is None
+    assert settings.port == 8000
+    assert settings.admin_key is None
+    assert settings.api_keys == ()
