@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import Config
-from core.errors import ConfigError
+from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
 from core.prompts import PromptTemplate
 from core.tokenization import load_tokenizer
@@ -56,14 +58,22 @@ def build_model(
         weights = first_layers_state(generator.model.base_model, config.compressor.n_layers)
         compressor.backbone.load_state_dict(weights, strict=True)
     else:
-        folder = encoder_base.path
-        copied = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32, use_safetensors=True)
-        weights = {name: value for name, value in copied.state_dict().items() if not name.startswith("pooler.")}
-        compressor.backbone.load_state_dict(weights, strict=True)
+        compressor.backbone.load_state_dict(_encoder_state(encoder_base), strict=True)
     compressor.initialise_slots(torch.Generator().manual_seed(seed))
     place(compressor, torch.device(device), dtype)
     template = PromptTemplate(generator.tokenizer, config.prompt)
     return Model(config, generator, compressor, template, base, encoder_base)
+
+
+def _encoder_state(base: BaseModel) -> dict[str, Tensor]:
+    """Weights of an encoder, float32. Raises BaseModelError where transformers cannot load it."""
+    try:
+        loaded = AutoModel.from_pretrained(
+            base.path, local_files_only=True, trust_remote_code=False, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseModelError(f"{base.name} cannot be loaded as an encoder: {error}") from None
+    return {name: value for name, value in loaded.state_dict().items() if not name.startswith("pooler.")}
 
 
 def place(compressor: Compressor, device: torch.device, dtype: torch.dtype) -> None:
@@ -79,7 +89,8 @@ def place(compressor: Compressor, device: torch.device, dtype: torch.dtype) -> N
 def build_compressor(config: Config, generator: Generator, folder: Path | None, seed: int = 0) -> Compressor:
     """The compressor's architecture with random float32 weights that `seed` determines.
 
-    `folder` holds an encoder's config and tokenizer; None for n_layers, whose shape is the generator's.
+    `folder` holds an encoder's config and tokenizer; None for n_layers, whose shape is the generator's. Raises
+    BaseModelError where transformers cannot read them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,6 +98,9 @@ def build_compressor(config: Config, generator: Generator, folder: Path | None, 
             return NLayersCompressor(
                 config.compressor, generator.model.config, generator.tokenizer, generator.hidden_size
             ).float()
-        encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer = load_tokenizer(folder)
+        try:
+            encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = load_tokenizer(folder)
+        except (OSError, ValueError) as error:
+            raise BaseModelError(f"{folder.name}: is not the folder of an encoder: {error}") from None
         return EncoderCompressor(config.compressor, encoder_config, tokenizer, generator.hidden_size).float()

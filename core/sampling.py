@@ -115,7 +115,8 @@ class RowSampler:
             4, slots, dtype=torch.int64, device=device
         ).unbind()
         self._temperature, self._top_p = torch.zeros(2, slots, device=device).unbind()
-        self._uniforms = torch.zeros(slots, max_tokens, device=device)
+        self._max_tokens = max_tokens
+        self._uniforms = torch.zeros(slots, 1, device=device)  # grows to the longest answer that is drawn by chance
         self._logits = torch.zeros(slots, vocabulary, dtype=dtype, device=device)
 
     def join(self, first: int, logits: Tensor, lengths: list[int], options: Sequence[GenerationOptions]) -> None:
@@ -132,12 +133,22 @@ class RowSampler:
             column[rows] = torch.tensor(values, dtype=column.dtype, device=column.device)
         for row, each in enumerate(options, start=first):
             if each.temperature > 0:
-                uniforms = draw_uniforms(each.seed, min(each.max_new_tokens, self._uniforms.shape[1]))
+                uniforms = draw_uniforms(each.seed, min(each.max_new_tokens, self._max_tokens))
+                self._widen(len(uniforms))
                 self._uniforms[row, : len(uniforms)] = uniforms
+
+    def _widen(self, count: int) -> None:
+        """Make room for `count` draws a row, in big steps."""
+        missing = count - self._uniforms.shape[1]
+        if missing > 0:
+            width = min(max(count, 2 * self._uniforms.shape[1]), self._max_tokens)
+            self._uniforms = torch.nn.functional.pad(self._uniforms, (0, width - self._uniforms.shape[1]))
 
     def sample(self, rows: int) -> Tensor:
         """Choose the next token of each of the first `rows` rows, int64 `(rows,)`."""
-        uniforms = self._uniforms[:rows].gather(1, self._count[:rows, None]).squeeze(1)  # (rows,)
+        # A greedy row has no draws, and whatever it is given is not looked at.
+        drawn = self._count[:rows, None].clamp(max=self._uniforms.shape[1] - 1)  # (rows, 1)
+        uniforms = self._uniforms[:rows].gather(1, drawn).squeeze(1)  # (rows,)
         options = (self._temperature[:rows], self._top_k[:rows], self._top_p[:rows])
         self.tokens[:rows] = choose_tokens(self._logits[:rows], *options, uniforms)
         self._count[:rows] += 1

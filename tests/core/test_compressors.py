@@ -1,5 +1,6 @@
 """Both compressors: own weights, slots, segments, limits, and what depends on what."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import ElectraConfig, GPT2Config, MistralConfig, PretrainedCon
 from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_config
 from core.config import CompressorConfig, Config, GeneratorConfig
-from core.errors import ConfigError
+from core.errors import BaseModelError, ConfigError
 from core.model import Model, build_model
 from core.passages import Passage
 from core.pipeline import prepare, rows_of
@@ -207,3 +208,15 @@ def test_scores_are_exact_in_low_precision(tiny_llama: Path) -> None:
     assert output.memory.dtype == torch.bfloat16
     assert output.scores.dtype == torch.float32
     assert not torch.equal(output.scores, output.scores.bfloat16().float())
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_encoder_that_cannot_be_read_is_named(tiny_llama: Path, tiny_bert: Path, tmp_path: Path, file: str) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "spoilt")
+    (folder / file).write_bytes(b'{"a": ')
+    config = Config(
+        compressor=CompressorConfig(kind="encoder", base_model=str(folder)),
+        generator=GeneratorConfig(base_model=str(tiny_llama)),
+    )
+    with pytest.raises(BaseModelError, match="spoilt"):
+        build_model(config)

@@ -123,3 +123,24 @@ def test_options_out_of_range_are_refused_by_name(field: str, value: object) -> 
     with pytest.raises(InvalidInputError) as caught:
         GenerationOptions(**{field: value})  # type: ignore[arg-type]  # wrong values are the point
     assert caught.value.field == field
+
+
+def test_draws_take_memory_for_the_answers_there_are_and_not_for_those_there_could_be() -> None:
+    """A model that names no positions has 2^31 of them."""
+    sampler = RowSampler(4, 2**31, 20, torch.device("cpu"), torch.float32)
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    short, long = (GenerationOptions(temperature=1.0, seed=5, max_new_tokens=count) for count in (2, 40))
+    sampler.join(0, logits, [4, 4, 4], [GenerationOptions(), short, long])
+    drawn = []
+    for _ in range(40):
+        drawn.append(sampler.sample(3).tolist())
+        sampler.advance(logits)
+    alone = RowSampler(1, 40, 20, torch.device("cpu"), torch.float32)
+    alone.join(0, logits[2:], [4], [long])
+    for _, _, token in drawn:
+        assert alone.sample(1).tolist() == [token]
+        alone.advance(logits[2:])
+    assert [tokens[1] for tokens in drawn[:2]] == [
+        int(choose_tokens(logits[1:2], torch.ones(1), torch.zeros(1, dtype=torch.int64), torch.ones(1), draw[None]))
+        for draw in draw_uniforms(5, 2)
+    ]
