@@ -14,18 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-<<<<<<< Updated upstream
 from core.errors import CheckpointError
 from service.settings import SHIPPED, Settings
-=======
-from core.errors import BaseModelError, CheckpointError, ConfigError
-from core.manifest import MANIFEST, read_bounded
-from core.model import Model
-from service.engine import Engine, Version
-from service.free_memory import free_bytes
-from service.loading import SHIPPED, load_model, warm_up
-from service.settings import Settings
->>>>>>> Stashed changes
 
 log = logging.getLogger(__name__)
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -233,56 +223,6 @@ class Checkpoints:
         return folder
 
 
-<<<<<<< Updated upstream
 def checkpoint_root(settings: Settings) -> Path:
     """The folder whose checkpoints may be swapped in."""
     return settings.checkpoint_root or (settings.checkpoint or SHIPPED).absolute().parent
-=======
-    def _check_memory(self, folder: Path) -> None:
-        """Refuse what would not fit beside the versions in memory, before it is loaded."""
-        active = self._engine.active
-        needed = int(LOADING_FACTOR * max(_file_bytes(folder), model_bytes(active.model) if active else 0))
-        loaded = sum(model_bytes(version.model) for version in self.kept) + (model_bytes(active.model) if active else 0)
-        limit = self._settings.max_model_bytes
-        free = limit - loaded if limit else free_bytes()
-        if needed > free:
-            raise CheckpointError(
-                f"{folder.name}: needs about {needed >> 20} MiB beside the {loaded >> 20} MiB that are loaded, "
-                f"and {max(0, free) >> 20} MiB are free"
-            )
-
-    def _switch(self, version: Version) -> str:
-        """New requests start on `version`; the one that served until now is kept."""
-        old = self._engine.active
-        if version is not old:
-            self._engine.activate(version)
-            self.kept = [kept for kept in self.kept if kept is not version]
-            if old is not None:
-                self._keep(old)
-            self._engine.metrics.swaps.labels("ok").inc()
-            log.info("checkpoint active", extra={"checkpoint": version.model.name, "before": old and old.model.name})
-        return version.model.name
-
-    def _keep(self, version: Version) -> None:
-        self.kept.append(version)
-        while len(self.kept) > self._settings.keep_checkpoints:
-            self._engine.retire(self.kept.pop(0))
-
-
-def version_of(folder: Path) -> str:
-    """The name that `core.checkpoint.load_checkpoint` will give to what is in `folder`, without loading it."""
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder.name}: there is no checkpoint of this name")
-    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return f"{folder.name}@{digest[:12]}"
-
-
-def model_bytes(model: Model) -> int:
-    """Bytes of a model's weights in memory."""
-    parameters = [*model.generator.parameters(), *model.compressor.parameters()]
-    return sum(parameter.nbytes for parameter in parameters)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
->>>>>>> Stashed changes
