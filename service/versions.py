@@ -6,7 +6,6 @@ Does not decide which one serves: `service.checkpoints` does, for this process a
 import asyncio
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from core.manifest import MANIFEST, read_bounded
 from core.model import Model
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
+from service.free_memory import free_bytes
 from service.loading import configured_folder, load_model, warm_up
 from service.settings import Settings
 
@@ -96,7 +96,7 @@ class Versions:
         sizes = [model_bytes(version.model) for version in self._loaded.values()]
         needed = int(LOADING_FACTOR * max(_file_bytes(folder), *sizes))
         limit = self._settings.max_model_bytes
-        free = limit - sum(sizes) if limit else _free_bytes()
+        free = limit - sum(sizes) if limit else free_bytes()
         if needed > free:
             raise CheckpointError(
                 f"{folder.name}: needs about {needed >> 20} MiB beside the {sum(sizes) >> 20} MiB that are loaded, "
@@ -128,7 +128,3 @@ def model_bytes(model: Model) -> int:
 
 def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
