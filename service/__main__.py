@@ -1,13 +1,20 @@
 """`python -m service`: the command that starts the service. Every setting is also a flag."""
 
 import argparse
+import os
+import socket
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from core.errors import ScaledownError
 from service.logs import configure_logging
 from service.settings import PREFIX, Settings, check_environment, explain
+
+if TYPE_CHECKING:
+    from service.checkpoints import CheckpointControl
 
 SECRETS = ("api_keys", "admin_key")  # not flags: the list of processes shows those to every user of the machine
 EPILOG = f"""
@@ -21,7 +28,7 @@ sha256:<hex of the key's SHA-256>.
     "passages": ["Iron melts at 1538 degrees Celsius."]}}'
 
 SIGTERM finishes what runs, within --drain-seconds, and exits with 0. SIGHUP looks again at what --checkpoint (a link,
-say) points at, and changes to it without losing a request.
+say) points at, and changes to it without losing a request: all workers do, or none.
 """
 
 
@@ -43,17 +50,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Serve until told to stop; the exit status."""
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """The settings of a command line and the environment. Raises ValidationError and ConfigError."""
     flags = vars(build_parser().parse_args(arguments))
-    given = {name: value for name, value in flags.items() if value != ""}  # as an empty variable: not given
+    check_environment()
+    return Settings(**{name: value for name, value in flags.items() if value != ""})  # empty: as if not given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop; the exit status."""
+    flags = sys.argv[1:] if arguments is None else arguments
     try:
-        check_environment()
-        settings = Settings(**given)
+        settings = read_settings(flags)
     except (ValidationError, ScaledownError) as error:
         print(explain(error), file=sys.stderr)
         return 2
     configure_logging(settings.log_level)
+    if settings.workers > 1:
+        from service.supervisor import supervise
+
+        return supervise(settings, flags)
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # one process keeps its metrics in memory
+    serve(settings)
+    return 0
+
+
+def serve(
+    settings: Settings, checkpoints: "CheckpointControl | None" = None, sockets: list[socket.socket] | None = None
+) -> None:
+    """Serve in this process until told to stop. Several workers share `sockets`, and who decides on `checkpoints`."""
     # Late: these import torch, and --help should not take seconds.
     from transformers.utils.logging import disable_progress_bar
 
@@ -61,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     from service.server import Server
 
     disable_progress_bar()  # every line of the log is JSON
-    Server(create_app(settings), settings).run()
-    return 0
+    Server(create_app(settings, checkpoints=checkpoints), settings).run(sockets)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ class Checkpoints:
         async with self._change():
             in_memory = [*self._kept, *([self._active] if self._active else [])]
             known = next((each for each in in_memory if each.version == name), None)
-            return await self._switch(known.folder if known else self._folder(name), known and known.version)
+            if known is not None:
+                return await self._switch(known.folder, known.version)
+            return await self._switch(self._folder(name), None)
 
     async def roll_back(self) -> str:
         """Serve the version that was kept last."""

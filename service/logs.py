@@ -22,7 +22,11 @@ def set_request_id(request_id: str) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request id, and whatever `extra=` carried."""
+    """One JSON object a line: time, level, logger, message, worker, request id, and whatever `extra=` carried."""
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__()
+        self._worker = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of one record."""
@@ -32,6 +36,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._worker,
         }
         if current_request_id():
             line["request_id"] = current_request_id()
@@ -41,10 +46,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str) -> None:
-    """Send every log line of this process to standard error as JSON. The command calls it, never an import."""
+def configure_logging(level: str, worker: int | None = None) -> None:
+    """Send every log line of this process to standard error as JSON. The command calls it, never an import.
+
+    `worker` is this process's number where there are several.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     for noisy in ("uvicorn.access", "httpx"):  # every request is logged once, by our own middleware

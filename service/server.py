@@ -14,6 +14,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0
+BACKLOG = 2048
 
 
 class PatientProtocol(H11Protocol):
@@ -73,6 +74,8 @@ class Server(uvicorn.Server):
             # Ours comes first: it answers what it cannot finish. This one is for connections that never end.
             timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
             h11_max_incomplete_event_size=64 * 1024,
+            # asyncio accepts this many connections at a time. One: none is taken by a worker while another is idle.
+            backlog=1 if settings.workers > 1 else BACKLOG,
         )
         super().__init__(config)
         self._app = app
@@ -84,6 +87,8 @@ class Server(uvicorn.Server):
         """Start as usual, then listen for SIGHUP."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for shared in sockets or ():
+            shared.listen(BACKLOG)  # what the kernel queues is another matter
         signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
