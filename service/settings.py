@@ -141,9 +141,11 @@ def explain(error: ValidationError | ScaledownError) -> str:
 def check_environment(names: Sequence[str] | None = None) -> None:
     """Refuse `SCALEDOWN_*` variables that mean nothing: a typing error would otherwise leave a limit at its default.
 
+    Those of the client mean nothing here, and are nobody's error.
+
     Raises ConfigError that names them. `names` defaults to the environment's.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name.upper() for name in (*Settings.model_fields, "url", "api_key")}
     ours = (name for name in (os.environ if names is None else names) if name.upper().startswith(PREFIX))
     unknown = sorted(name for name in ours if name.upper() not in known)
     if unknown:

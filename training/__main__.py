@@ -23,12 +23,18 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 something to mend, which is printed, 2 wrong usage."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def choose_parser(
+    arguments: Sequence[str], prog: str = "python -m training"
+) -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The parser of the command that `arguments` name, and what is left for it; else the one that lists them."""
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        options = argparse.ArgumentParser(prog=f"{prog} {name}", description=COMMANDS[name])
+        importlib.import_module(f"training.{name}").add_arguments(options)
+        return options, arguments[1:]
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
-        prog="python -m training",
+        prog=prog,
         usage="%(prog)s COMMAND [--help] ...",
         description="From raw data to a checkpoint that the service loads.",
         epilog="commands, in their order:\n"
@@ -36,14 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    name = parser.parse_args(given[:1]).command
-    command = importlib.import_module(f"training.{name}")
-    options = argparse.ArgumentParser(prog=f"python -m training {name}", description=COMMANDS[name])
-    command.add_arguments(options)
+    return parser, arguments
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m training") -> int:
+    """Run one command; the exit status: 0 done, 1 something to mend, which is printed, 2 wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser, rest = choose_parser(given, prog)
+    if len(rest) == len(given):
+        parser.parse_args(given[:1])  # --help, or an error: this ends the process
+    command = importlib.import_module(f"training.{given[0]}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     try:
         # Intermixed, so that overrides may stand behind options.
-        command.run(options.parse_intermixed_args(given[1:]))
+        command.run(parser.parse_intermixed_args(rest))
     except ScaledownError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
