@@ -163,15 +163,18 @@ class AttentionMasks:
         if first == 0 and (self._window is None or length <= self._window):
             return None
         positions = torch.arange(first, length, device=device)
-        return self._build(positions[None], length)
+        return self.between(positions[None], torch.arange(length, device=device)[None])
 
     def decode(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """Of one token a row at `positions` `(n,)` over slots cut to `width`: `(n, 1, 1, width)`."""
-        return self._build(positions[:, None], width)
+        return self.between(positions[:, None], torch.arange(width, device=positions.device)[None])
 
-    def _build(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """Masks `(B, 1, T, width)` of queries at `positions` `(B, T)`."""
-        distance = positions[:, None, :, None] - torch.arange(width, device=positions.device)  # (B, 1, T, width)
+    def between(self, positions: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+        """Masks `(B, 1, T, K)` of queries at `positions` `(B, T)` over keys at the positions `keys` `(B or 1, K)`.
+
+        A key behind every query, at whatever position, is seen by none.
+        """
+        distance = positions[:, None, :, None] - keys[:, None, None, :]  # (B, 1, T, K)
         full = distance >= 0
         sliding = full if self._window is None else full & (distance < self._window)
         if self._kinds:

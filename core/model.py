@@ -12,6 +12,7 @@ from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import Config
+from core.document_cache import DocumentCache
 from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
 from core.prompts import PromptTemplate
@@ -25,6 +26,7 @@ class Model:
     name    the version that every response names; `untrained` for one built from base weights
     base    the generator's base model, with the sha256 of what was read
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
+    documents       what the compressor made of chunks, kept for other queries; None: nothing is kept
     """
 
     config: Config
@@ -34,6 +36,7 @@ class Model:
     base: BaseModel
     encoder_base: BaseModel | None = None
     name: str = "untrained"
+    documents: DocumentCache | None = None
 
     @property
     def device(self) -> torch.device:

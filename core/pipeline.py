@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
 from core.prompts import Block, Prompt
-from core.rows import ChunkRow, collate_rows, plan_batches
+from core.row_passes import RowPass, run_rows
+from core.rows import ChunkRow, plan_batches
 from core.sampling import GenerationOptions
 from core.tokenization import encode
 
@@ -42,6 +44,7 @@ class CompressedChunk:
     memory      (l, d_generator) memory embeddings
     score       raw relevance score
     weights     (l, tokens) float32: what each embedding read of the chunk's generator tokens; None without evidence
+    cached      what was known before: the `document` (all but the query and the slots), or the `embedding` itself
     """
 
     start: int
@@ -50,6 +53,7 @@ class CompressedChunk:
     memory: Tensor
     score: float
     weights: Tensor | None
+    cached: Literal["document", "embedding"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +139,22 @@ def rows_of(model: Model, request: PreparedRequest, rate: int | None = None) -> 
 
 @torch.inference_mode()
 def compress_rows(model: Model, rows: Sequence[ChunkRow]) -> list[CompressedChunk]:
-    """Compress any mix of requests' rows in one forward pass; results in the order of `rows`."""
-    batch = collate_rows(rows, model.compressor.row_format, model.config.compressor.max_memory_tokens)
-    output = model.compressor(batch.to(model.device), model.generator.embed)
-    scores = output.scores.tolist()
-    compressed = []
-    for i, row in enumerate(rows):
-        tokens = len(row.chunk.generator_ids)
-        weights = None if output.weights is None else output.weights[i, : row.memory_tokens, :tokens]
-        memory = output.memory[i, : row.memory_tokens]  # (l, d_generator)
-        compressed.append(CompressedChunk(row.chunk.start, row.chunk.end, tokens, memory, scores[i], weights))
-    return compressed
+    """Compress any mix of requests' rows as one batch; results in the order of `rows`."""
+    compressed: dict[int, CompressedChunk] = {}
+    for done in run_rows(model.compressor, rows, model.generator.embed, model.documents):
+        scores = done.output.scores.tolist()
+        for place, i in enumerate(done.indices):
+            compressed[i] = _compressed_chunk(rows[i], done, place, scores[place])
+    return [compressed[i] for i in range(len(rows))]
+
+
+def _compressed_chunk(row: ChunkRow, done: RowPass, place: int, score: float) -> CompressedChunk:
+    tokens, weights = len(row.chunk.generator_ids), done.output.weights
+    # Copies: a view that is kept would keep the whole batch in memory.
+    memory = done.output.memory[place, : row.memory_tokens].clone()  # (l, d_generator)
+    evidence = None if weights is None else weights[place, : row.memory_tokens, :tokens].clone()
+    cached: Literal["document"] | None = "document" if done.warm else None
+    return CompressedChunk(row.chunk.start, row.chunk.end, tokens, memory, score, evidence, cached)
 
 
 def gather(model: Model, request: PreparedRequest, chunks: Sequence[CompressedChunk]) -> list[CompressedPassage]:

@@ -31,6 +31,10 @@ class RowFormat:
     tail: list[int]
     query_first: bool
 
+    def prefix(self, row: ChunkRow) -> list[int]:
+        """The tokens before a row's second text: the same for all rows that have the first text in common."""
+        return [*self.head, *(row.query_ids if self.query_first else row.chunk.compressor_ids), *self.joint]
+
     def length(self, row: ChunkRow) -> int:
         """Tokens of a row with its slots, unpadded."""
         fixed = len(self.head) + len(self.joint) + len(self.tail)

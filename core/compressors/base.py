@@ -82,15 +82,24 @@ class Compressor(nn.Module):
         with torch.no_grad():
             self.slots.copy_(centre.float().cpu() + noise)
 
+    @property
+    def reads_chunk(self) -> bool:
+        """Whether the readout looks at hidden states of the chunk, and not only of slots."""
+        return self.config.readout != "memory"
+
+    def inputs(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """Input embeddings (B, T, embedding width): of the token, or of the slot where one stands."""
+        tokens = self._embeddings(ids)  # (B, T, embedding width)
+        # A look-up, not `self.slots[...]`: its gradient is cheaper than that of indexing.
+        learned = functional.embedding(slots.clamp(min=0), self.slots)  # (B, T, embedding width)
+        return torch.where((slots >= 0).unsqueeze(-1), learned.to(tokens.dtype), tokens)
+
     def hidden(self, batch: RowBatch, mask: Tensor | dict[str, Tensor] | None = None) -> Tensor:
         """Hidden states (B, T, width) of all positions, in one pass of the backbone.
 
         `mask`: a ready additive mask (B, 1, T, T), by kind of layer where the backbone mixes them.
         """
-        tokens = self._embeddings(batch.ids)  # (B, T, embedding width)
-        # A look-up, not `self.slots[...]`: its gradient is cheaper than that of indexing.
-        slots = functional.embedding(batch.slots.clamp(min=0), self.slots)  # (B, T, embedding width)
-        inputs = torch.where((batch.slots >= 0).unsqueeze(-1), slots.to(tokens.dtype), tokens)
+        inputs = self.inputs(batch.ids, batch.slots)
         extra = {"token_type_ids": batch.segments} if self._segments else {}
         # Padding is on the right, where causal attention never looks: with no mask it runs on its fastest kernel, which
         # takes grouped heads as they are and skips what is masked.

@@ -1,14 +1,17 @@
 """The `n_layers` compressor: an own copy of the generator's embeddings and first N layers (OSCAR sec. 3.1)."""
 
 import copy
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.compressors.base import Compressor
+from core.compressors.prefixes import Continuation, Prefix, Recorder, join_hidden, pick, rest_positions
 from core.config import CompressorConfig
 from core.errors import ConfigError
-from core.rows import causal_row_format
+from core.kv_slots import AttentionMasks
+from core.rows import RowBatch, causal_row_format
 
 
 class NLayersCompressor(Compressor):
@@ -33,6 +36,26 @@ class NLayersCompressor(Compressor):
         # The embeddings are the raw residual stream: a final norm trained for the last layer would distort it.
         backbone.norm = nn.Identity()
         super().__init__(config, backbone, tokenizer, causal_row_format(tokenizer, config), generator_width)
+
+    def record(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Recorder]:
+        """As `hidden`, of rows of `ids` and `slots` (B, T), and with it what a `Prefix` is made of."""
+        recorder = Recorder()
+        output = self.backbone(inputs_embeds=self.inputs(ids, slots), past_key_values=recorder)
+        return output.last_hidden_state, recorder
+
+    def hidden_after(self, batch: RowBatch, prefixes: Sequence[Prefix]) -> Tensor:
+        """As `hidden`, of rows whose first positions are known: one pass over the positions behind them.
+
+        Returns (B, T, width), zeros at padding and, where the prefixes keep none, at their positions.
+        """
+        width = batch.ids.shape[1]
+        lengths = (batch.relevance_position + 1).tolist()  # [RR] is the last of a row
+        positions = rest_positions(lengths, prefixes, batch.ids.device)  # (B, S)
+        past = Continuation(prefixes, positions)
+        inputs = self.inputs(pick(batch.ids, positions, 0), pick(batch.slots, positions, -1))
+        mask = AttentionMasks(self.backbone.config, inputs.dtype).between(positions, past.key_positions)
+        output = self.backbone(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=past)
+        return join_hidden(prefixes, output.last_hidden_state, positions, width)
 
 
 def first_layers_config(base_config: PretrainedConfig, n_layers: int) -> PretrainedConfig:
