@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from core.errors import ScaledownError
 from service.settings import Settings, explain
 
+PROG = "python -m service.benchmark"
 EPILOG = """
   python -m service.benchmark engine                          the shipped checkpoint, else an untrained model
   python -m service.benchmark engine --checkpoint checkpoints/mine --dtype bfloat16 --threads 2
@@ -24,10 +25,10 @@ EPILOG = """
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line: options of all commands, then their own."""
     parser = argparse.ArgumentParser(
-        prog="python -m service.benchmark",
+        prog=prog,
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -58,6 +59,7 @@ def _shared_options() -> argparse.ArgumentParser:
         help="folder of the JSON and the plots (default: %(default)s)",
     )
     add("--quick", action="store_true", help="the smallest sizes, once: does it work? Its figures mean nothing")
+    add("--json", action="store_true", help="print the JSON that is written, and no tables")
     return shared
 
 
@@ -85,15 +87,15 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="questions at a time")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run one command; the exit status."""
-    options = build_parser().parse_args(arguments)
+    options = build_parser(prog).parse_args(arguments)
     try:
         result, text = _run(options)
     except (ValidationError, ScaledownError) as error:
         print(explain(error), file=sys.stderr)
         return 2
-    print(text)
+    print(json.dumps(result) if options.json else text)
     _write(options.output, options.command, result)
     return 1 if any(load["failed"] for load in result.get("loads", ())) else 0
 
@@ -116,7 +118,7 @@ def _write(folder: Path, command: str, result: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{command}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    _notify(f"written: {path}")
     try:
         from service.benchmark.plots import draw
     except ImportError:
@@ -125,7 +127,7 @@ def _write(folder: Path, command: str, result: dict[str, Any]) -> None:
     for name, svg in draw(command, result).items():
         path = folder / f"{name}.svg"
         path.write_text(svg, encoding="utf-8")
-        print(f"written: {path}")
+        _notify(f"written: {path}")
 
 
 def _count(text: str) -> int:
