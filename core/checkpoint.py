@@ -117,8 +117,9 @@ def load_checkpoint(
     encoder = None if source is None else BaseModel(source.name, folder / ENCODER, source.sha256)
     model = _assemble(folder, config, base, encoder, DTYPES[manifest.dtype], torch.device(device), dtype)
     model.name = f"{folder.name}@{digest[:12]}"
+    model.golden = read_golden(folder, model.generator.hidden_size)
     if verify:
-        verify_golden(model, read_golden(folder, model.generator.hidden_size))
+        verify_golden(model, model.golden)
     return model
 
 

@@ -125,6 +125,11 @@ def verify_golden(model: Model, golden: Golden) -> GoldenCheck:
     return GoldenCheck(exact=same and identical, errors=errors)
 
 
+def golden_prompt(model: Model, example: GoldenExample) -> Prompt:
+    """The example's prompt in `compressed` mode, as `model` makes it. Raises InputError."""
+    return _compress(model, example.query, example.passages, example.rate)[2]
+
+
 def write_golden(folder: Path, golden: Golden) -> None:
     """Write golden.json and golden.safetensors into `folder`."""
     (folder / "golden.json").write_text(dump_config(golden.example), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
 from core.prompts import PromptTemplate
 from core.tokenization import load_tokenizer
+if TYPE_CHECKING:
+    from core.golden import Golden  # which imports this module
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Model:
     name    the version that every response names; `untrained` for one built from base weights
     base    the generator's base model, with the sha256 of what was read
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
+    golden  its checkpoint's golden example
     documents       what the compressor made of chunks, kept for other queries; None: nothing is kept
     """
 
@@ -36,6 +40,7 @@ class Model:
     base: BaseModel
     encoder_base: BaseModel | None = None
     name: str = "untrained"
+    golden: "Golden | None" = None
     documents: DocumentCache | None = None
 
     @property

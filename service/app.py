@@ -51,6 +51,7 @@ def create_app(
         own = Checkpoints(settings, lambda result: metrics.swaps.labels(result).inc())
         app.state.checkpoints = checkpoints or own
         tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
+        tasks.append(asyncio.create_task(engine.watch_generator()))
         if metrics.shared:
             tasks.append(asyncio.create_task(health.publish_gauges(engine)))
         try:
@@ -62,7 +63,7 @@ def create_app(
             await engine.drain(0)
             for task in tasks:
                 task.cancel()
-            engine.stop()
+            await engine.stop()
 
     app = FastAPI(
         title="ScaleDown",

@@ -17,8 +17,11 @@ from core.model import Model
 from core.sampling import GenerationOptions
 from service.admission import Gate, Reservation
 from service.embedding_store import EmbeddingStore
-from service.errors import DeadlineError, NotReadyError, StoppingError
+from service.errors import DeadlineError, GeneratorUnavailableError, NotReadyError, StoppingError
+from service.generation.engine import GeneratorEngine
 from service.generation.torch_engine import TorchEngine
+from service.generation.vllm_engine import VllmEngine
+from service.generation.vllm_server import VllmServer
 from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent, Outbox
 from service.lane import Lane
 from service.limits import AnyRequest, check_limits, check_prompt, check_tokens, estimated_tokens
@@ -28,6 +31,8 @@ from service.preparation import Prepared, prepare_request
 from service.schemas import AnswerRequest, CompressRequest
 from service.settings import Settings
 from service.worker import Worker
+
+WATCH_SECONDS = 2.0
 
 
 @dataclass(eq=False)
@@ -56,6 +61,7 @@ class Engine:
         self.worker = Worker(Outbox(asyncio.get_running_loop()), settings.batch_wait_ms / 1000)
         self.outbox = self.worker.outbox
         self.sessions: set[Session] = set()
+        self.server = VllmServer(settings, metrics) if settings.generator_url else None
         self.active: Version | None = None
         self.refusal: ScaledownError | None = None  # why nothing is admitted, while draining or dead
         self.worker.start()
@@ -67,7 +73,11 @@ class Engine:
 
     def open_version(self, model: Model) -> Version:
         """Give a model a lane of its own; it serves nobody until it is activated."""
-        generator = TorchEngine(model.generator, self.settings, self.metrics)
+        generator: GeneratorEngine = (
+            TorchEngine(model, self.settings, self.metrics)
+            if self.server is None
+            else VllmEngine(model, self.server, self.outbox, self.metrics)
+        )
         version = Version(Lane(model, self.settings, self.metrics, generator))
         self.worker.open(version.lane)
         return version
@@ -98,6 +108,8 @@ class Engine:
         version = version or self.active
         if version is None:
             raise NotReadyError("the model is still being loaded")
+        if isinstance(body, AnswerRequest) and (trouble := version.lane.generator.trouble):
+            raise GeneratorUnavailableError(trouble)
         check_limits(body, self.settings)
         answer_tokens = body.max_new_tokens if isinstance(body, AnswerRequest) else 0
         reservation = self.gate.reserve(estimated_tokens(body.query, body.passages) + answer_tokens)
@@ -132,8 +144,18 @@ class Engine:
             await asyncio.sleep(0.02)
         self.fail_all(StoppingError("the service is shutting down and could not finish this request in time"))
 
-    def stop(self) -> None:
-        """Let go of the threads."""
+    async def watch_generator(self) -> None:
+        """See for ever whether the active version's answers can be written; `trouble` there says what was found."""
+        while True:
+            if self.active is not None:
+                with contextlib.suppress(ScaledownError):
+                    await self.active.lane.generator.verify()
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def stop(self) -> None:
+        """Let go of the threads and connections."""
+        if self.server is not None:
+            await self.server.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.worker.stop(timeout=5)
 

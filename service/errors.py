@@ -36,6 +36,12 @@ class NotReadyError(ScaledownError):
     code = "not_ready"
 
 
+class GeneratorUnavailableError(ScaledownError):
+    """The server that writes the answers is away, or cannot be used."""
+
+    code = "generator_unavailable"
+
+
 class UnsupportedError(ScaledownError):
     """The body is not JSON (`Content-Type`)."""
 
@@ -110,7 +116,7 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
             return overload_status
         case DeadlineError():
             return 504
-        case CancelledError() | NotReadyError():
+        case CancelledError() | NotReadyError() | GeneratorUnavailableError():
             return 503
         case CheckpointError():  # only /admin meets it: a checkpoint was named that cannot be used
             return 409

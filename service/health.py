@@ -36,6 +36,8 @@ async def readyz(request: Request) -> Response:
     if trouble or not engine.ready or engine.active is None:
         reason = trouble or (engine.refusal.message if engine.refusal else "the model is being loaded")
         return JSONResponse({"status": reason}, 503, {"Retry-After": "5"})
+    if unwritten := engine.active.lane.generator.trouble:
+        return JSONResponse({"status": unwritten}, 503, {"Retry-After": "5"})
     model = engine.active.model
     return JSONResponse({"status": "ready", "checkpoint": model.name, "trained": model.config.trained})
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from core.config import Mode
 from core.errors import ScaledownError
@@ -92,23 +94,31 @@ class Job:
 
 
 class Outbox:
-    """Carries events from the worker's thread to queues of the event loop, one wake-up for each batch of events."""
+    """Carries events to queues of the event loop: from the worker's thread, one wake-up for each batch of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: list[tuple[asyncio.Queue[JobEvent], JobEvent]] = []
+        self._thread = threading.get_ident()
+        self._waiting: list[Callable[[], None]] = []
 
     def put(self, queue: "asyncio.Queue[JobEvent]", event: JobEvent) -> None:
-        """Keep `event` until the next flush. Only the worker's thread calls this."""
-        self._waiting.append((queue, event))
+        """Deliver `event`: in the worker's thread at the next flush, in the event loop's now."""
+        if threading.get_ident() == self._thread:
+            queue.put_nowait(event)
+        else:
+            self._waiting.append(partial(queue.put_nowait, event))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call `function` at the next flush, after the events before it. Worker's thread only."""
+        self._waiting.append(function)
 
     def flush(self) -> None:
-        """Hand over everything that waits."""
+        """Hand over everything that waits. Worker's thread only."""
         if self._waiting and not self._loop.is_closed():
             batch, self._waiting = self._waiting, []
-            self._loop.call_soon_threadsafe(_deliver, batch)
+            self._loop.call_soon_threadsafe(_call_all, batch)
 
 
-def _deliver(batch: "list[tuple[asyncio.Queue[JobEvent], JobEvent]]") -> None:
-    for queue, event in batch:
-        queue.put_nowait(event)
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

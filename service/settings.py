@@ -4,9 +4,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import ConfigError, ScaledownError
@@ -45,6 +45,17 @@ class Settings(BaseSettings):
     base_model: str = Field(
         default="smollm2-135m", description="generator of the untrained model, when there is no checkpoint"
     )
+    engine: Literal["torch", "vllm"] | None = Field(
+        default=None,
+        description="what writes the answers: torch here, or a vLLM server; unset: vllm where there is a generator_url",
+    )
+    generator_url: str = Field(
+        default="",
+        pattern=r"^(https?://[^/?#@]+(/[^?#]*)?)?$",
+        description="vLLM server started with --enable-prompt-embeds, such as http://gpu:8001/v1",
+    )
+    generator_model: str = Field(default="", description="name of the model there; unset: the only one it serves")
+    generator_key: SecretStr | None = Field(default=None, description="key that server asks for, if any")
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the model runs: cpu, cuda, cuda:1"
     )
@@ -129,6 +140,12 @@ class Settings(BaseSettings):
             if len(text) < 16:
                 raise ValueError("a key needs at least 16 characters")
         return value
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine is not None and (self.engine == "vllm") != bool(self.generator_url):
+            raise ValueError("engine vllm and generator_url go together")
+        return self
 
 
 def explain(error: ValidationError | ScaledownError) -> str:

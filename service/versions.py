@@ -4,6 +4,7 @@ Does not decide which one serves: `service.checkpoints` does, for this process a
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from core.manifest import MANIFEST, read_bounded
 from core.model import Model
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
+from service.errors import GeneratorUnavailableError
 from service.free_memory import free_bytes
 from service.loading import configured_folder, load_model, warm_up
 from service.settings import Settings
@@ -39,17 +41,19 @@ class Versions:
             folder = folder or configured_folder(self._settings)
             model = await loop.run_in_executor(None, load_model, self._settings, folder)
         await loop.run_in_executor(None, warm_up, model)
-        self._add(model)
+        with contextlib.suppress(GeneratorUnavailableError):  # /readyz says so until it is there
+            await self._add(model)
         return Checkpoint(model.name, folder)
 
     async def prepare(self, folder: Path | None, version: str | None) -> str:
         """The version of `folder`, from memory or freshly loaded, verified and warm. Raises CheckpointError."""
-        if version in self._loaded:
-            return version
         label = folder.name if folder else "the untrained model"
         try:
+            if version in self._loaded:
+                await self._loaded[version].lane.generator.verify()
+                return version
             return await self._load(folder, version, label)
-        except (BaseModelError, CheckpointError, ConfigError) as error:
+        except (BaseModelError, CheckpointError, ConfigError, GeneratorUnavailableError) as error:
             raise CheckpointError(error.message) from None
         except Exception as error:
             log.exception("a checkpoint could not be loaded")
@@ -80,13 +84,15 @@ class Versions:
         await loop.run_in_executor(None, warm_up, model)
         if version is not None and model.name != version:
             raise CheckpointError(f"{label}: is {model.name} now and was {version}")
-        self._add(model)
+        await self._add(model)
         return model.name
 
-    def _add(self, model: Model) -> None:
-        self._loaded[model.name] = self._engine.open_version(model)
+    async def _add(self, model: Model) -> None:
+        """Take a model in, and see that what writes its answers has its weights."""
+        self._loaded[model.name] = version = self._engine.open_version(model)
         self._engine.metrics.checkpoint.labels(model.name).set(0)
         self._measure()
+        await version.lane.generator.verify()
 
     def _measure(self) -> None:
         self._engine.metrics.model_bytes.set(sum(model_bytes(version.model) for version in self._loaded.values()))

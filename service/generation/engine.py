@@ -7,11 +7,15 @@ from service.jobs import AnswerPlan, Job
 
 
 class GeneratorEngine(Protocol):
-    """Writes the answers of one checkpoint version. Only the worker's thread calls it.
+    """Writes the answers of one checkpoint version. Only the worker's thread calls it, but for `trouble` and `verify`.
 
     A job that was added is told every piece of its answer, if its plan asks for them, and ends with `Finished` or
     `Failed`; one that was cancelled is told nothing more.
     """
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no answer can be written now."""
 
     @property
     def jobs(self) -> int:
@@ -25,3 +29,9 @@ class GeneratorEngine(Protocol):
 
     def advance(self) -> bool:
         """Let prompts join, and write a token of every answer here. False: there was nothing to do."""
+
+    async def verify(self) -> None:
+        """Find out whether answers can be written, with the checkpoint's own weights; called on the event loop.
+
+        Raises GeneratorUnavailableError where nothing can be written now, CheckpointError for other weights.
+        """

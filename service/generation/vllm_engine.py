@@ -1,0 +1,143 @@
+"""Answers written by a vLLM server: prompts are spliced here, tokens come back over HTTP.
+
+The worker's thread makes the request's body; everything else happens on the event loop, so that tokens never wait for
+a compression batch. Text is made from tokens by the rules of `core.text_stream`, whoever wrote the tokens.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from functools import partial
+
+from core.errors import CheckpointError, EngineError, OverloadedError
+from core.model import Model
+from core.prompts import Prompt
+from core.text_stream import TextStream
+from service.errors import GeneratorUnavailableError
+from service.failures import shown
+from service.generation.golden_answer import GoldenRequest, check_golden, golden_request
+from service.generation.vllm_server import VllmServer
+from service.generation.vllm_wire import completion_fields, prompt_fields
+from service.jobs import AnswerPlan, Delta, Failed, Finished, Job, Outbox
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+NOT_REACHED = "the generator has not been reached yet"
+NOT_OURS = "the generator does not serve this checkpoint"
+
+
+class VllmEngine:
+    """A `GeneratorEngine` over HTTP for one checkpoint version."""
+
+    jobs = 0  # the worker's thread is not needed to write answers
+
+    def __init__(self, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
+        self._trouble = NOT_REACHED
+        self._verified_after = -1  # outages of the server, when it was last seen to have our weights
+        self._model = model
+        self._golden_request: GoldenRequest | None = None
+        self._server = server
+        self._outbox = outbox
+        self._metrics = metrics
+        self._tasks: dict[Job, asyncio.Task[None]] = {}  # the event loop's
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no answer can be written: the server is away, was not checked since, or serves other weights."""
+        return None if self._verified_after == self._server.outages else self._trouble
+
+    def add(self, job: Job, plan: AnswerPlan, prompt: Prompt) -> None:
+        """Splice and send a prompt."""
+        try:
+            body = self._server.body(
+                prompt_fields(self._model.generator, prompt)
+                | completion_fields(plan.options, self._model.generator.eos_ids)
+                | {"stream": True}
+            )
+        except Exception as error:
+            job.end(Failed(shown(error, job)))
+            return
+        self._outbox.call(partial(self._begin, job, plan, body))
+
+    def cancel(self, job: Job) -> None:
+        """Close the job's stream, if it has one: vLLM stops writing then."""
+        self._outbox.call(partial(self._stop, job))
+
+    def advance(self) -> bool:
+        """Nothing is written in this thread."""
+        return False
+
+    async def verify(self) -> None:
+        """See that the server is there and, the first time or after it was away, that it has the checkpoint's weights.
+
+        Raises GeneratorUnavailableError, and CheckpointError for other weights.
+        """
+        try:
+            await self._server.probe()
+            if self.trouble is not None:
+                outages = self._server.outages
+                await self._verify_weights()
+                self._verified_after = outages
+                log.info("the generator has this checkpoint's weights", extra={"checkpoint": self._model.name})
+        except (GeneratorUnavailableError, OverloadedError) as error:
+            self._trouble = error.message
+            raise GeneratorUnavailableError(error.message) from None
+        except (CheckpointError, EngineError) as error:
+            if self._trouble != NOT_OURS:
+                log.error("the generator is refused", extra={"reason": error.message})
+            self._trouble = NOT_OURS
+            raise CheckpointError(error.message) from None
+        finally:
+            self._metrics.generator_up.set(self.trouble is None)
+
+    async def _verify_weights(self) -> None:
+        await self._server.connect()
+        if self._server.max_tokens is not None:  # it may serve shorter sequences than the model was made for
+            generator = self._model.generator
+            generator.max_tokens = min(generator.max_tokens, self._server.max_tokens)
+        if self._golden_request is None:
+            loop = asyncio.get_running_loop()
+            self._golden_request = await loop.run_in_executor(None, golden_request, self._model)
+        check_golden(self._golden_request, await self._server.complete(self._golden_request.fields))
+
+    def _begin(self, job: Job, plan: AnswerPlan, body: bytes) -> None:
+        if not job.done:
+            self._tasks[job] = task = asyncio.get_running_loop().create_task(self._run(job, plan, body))
+            task.add_done_callback(lambda _: self._tasks.pop(job, None))
+
+    def _stop(self, job: Job) -> None:
+        if job in self._tasks:
+            self._tasks[job].cancel()
+
+    async def _run(self, job: Job, plan: AnswerPlan, body: bytes) -> None:
+        try:
+            await self._write(job, plan, self._server.stream(body))
+        except GeneratorUnavailableError as error:
+            self._trouble = error.message
+            job.end(Failed(error))
+        except Exception as error:
+            job.end(Failed(shown(error, job)))
+
+    async def _write(self, job: Job, plan: AnswerPlan, stream: AsyncGenerator[list[int]]) -> None:
+        """Carry the answer to its caller as it comes. Leaving early closes the stream, which stops vLLM."""
+        text, written = TextStream(self._model.generator.tokenizer, plan.options.stop), ""
+        tokens = 0
+        async with contextlib.aclosing(stream) as chunks:
+            async for token in (token async for chunk in chunks for token in chunk):
+                job.mark("first_token")
+                tokens += 1
+                ended = token in self._model.generator.eos_ids
+                piece = "" if ended else text.push(token)
+                last = ended or text.stopped or tokens >= plan.options.max_new_tokens
+                piece += text.finish() if last else ""
+                written += piece
+                if piece and plan.stream:
+                    job.emit(Delta(piece))
+                if last:
+                    job.mark("decode")
+                    job.end(Finished(written, "stop" if ended or text.stopped else "length", tokens))
+                if text.stopped:
+                    return
+        if not job.done:
+            raise self._server.away("the generator broke off its answer")

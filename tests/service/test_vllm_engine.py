@@ -1,0 +1,240 @@
+"""Answers written by a vLLM server, here an HTTP double of one: the same answers, and what happens when it fails."""
+
+import asyncio
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from pydantic import ValidationError
+
+from core.errors import CheckpointError
+from core.model import Model
+from service import engine as engine_module
+from service.app import create_app
+from service.settings import Settings
+from tests.service.calls import PASSAGES, QUERY, answer, error, events
+from tests.service.conftest import Serve, make_settings
+from tests.service.test_lifecycle import wait_for
+from tests.service.vllm_double import VllmDouble, prompt_of
+
+BODY = {"query": QUERY, "passages": PASSAGES, "max_new_tokens": 8}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 11}
+
+
+def alike(got: dict[str, Any]) -> dict[str, Any]:
+    """An answer without its timings."""
+    return {name: value for name, value in got.items() if name != "timings_ms"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _watched_closely() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "WATCH_SECONDS", 0.1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def vllm(model: Model) -> Iterator[VllmDouble]:
+    with VllmDouble(model.generator).running() as double:
+        yield double
+
+
+@pytest.fixture(scope="module")
+def remote(serve: Serve, vllm: VllmDouble) -> Iterator[httpx.Client]:
+    """A service whose answers the double writes."""
+    with serve(generator_url=vllm.url) as client:
+        assert client.get("/readyz").status_code == 200
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _whole_again(vllm: VllmDouble) -> Iterator[None]:
+    yield
+    vllm.broken, vllm.token_s = [], 0.0
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("mode", ["text", "hybrid", "compressed"])
+def test_answers_are_the_torch_engines(
+    client: httpx.Client, remote: httpx.Client, vllm: VllmDouble, mode: str, options: dict[str, Any]
+) -> None:
+    got = answer(remote, mode=mode, **options)
+    assert alike(got) == alike(answer(client, mode=mode, **options))
+    assert list(got["timings_ms"]) == ["tokenize", "queue", "compress", "first_token", "decode", "total"]
+    sent = vllm.requests[-1]
+    assert ("prompt" in sent, "prompt_embeds" in sent) == (mode == "text", mode != "text")
+    assert prompt_of(sent).tokens == got["usage"]["prompt_tokens"]
+
+
+def test_a_stream_has_the_whole_answer_in_pieces(client: httpx.Client, remote: httpx.Client) -> None:
+    pieces = events(remote.post("/answer", json={**BODY, "stream": True}).text)
+    local = events(client.post("/answer", json={**BODY, "stream": True}).text)
+    assert [name for name, _ in pieces] == [name for name, _ in local]
+    assert [data for name, data in pieces if name == "delta"] == [data for name, data in local if name == "delta"]
+
+
+def test_chat_completions_too(client: httpx.Client, remote: httpx.Client) -> None:
+    body = {"model": "untrained", "messages": [{"role": "user", "content": QUERY}], "documents": PASSAGES}
+    replies = [c.post("/v1/chat/completions", json={**body, "max_tokens": 8}).json() for c in (client, remote)]
+    assert replies[0]["choices"] == replies[1]["choices"]
+    assert replies[0]["usage"] == replies[1]["usage"]
+
+
+def test_a_stop_string_ends_the_answer_and_the_servers_work(
+    client: httpx.Client, remote: httpx.Client, vllm: VllmDouble
+) -> None:
+    whole = answer(client, max_new_tokens=24, mode="text")["answer"]
+    stop = whole[len(whole) // 2 :][:3]
+    vllm.token_s, before = 0.02, vllm.cancelled
+    got = answer(remote, max_new_tokens=180, mode="text", stop=[stop])
+    assert got["answer"] == whole[: whole.index(stop)]
+    assert got["finish_reason"] == "stop"
+    wait_for(lambda: vllm.cancelled > before)
+
+
+def test_a_client_that_leaves_stops_the_server(remote: httpx.Client, vllm: VllmDouble) -> None:
+    vllm.token_s, before = 0.05, vllm.cancelled
+    with remote.stream("POST", "/answer", json={**BODY, "max_new_tokens": 180, "stream": True}) as response:
+        next(response.iter_lines())
+    wait_for(lambda: vllm.cancelled > before)
+    response = remote.post("/answer", json={**BODY, "max_new_tokens": 180, "timeout": 0.3})
+    assert response.status_code == 504
+    wait_for(lambda: vllm.cancelled > before + 1)
+
+
+def test_many_at_once(client: httpx.Client, remote: httpx.Client) -> None:
+    async def ask_all() -> list[Any]:
+        async with httpx.AsyncClient(base_url=remote.base_url, timeout=30, trust_env=False) as caller:
+            asked = (caller.post("/answer", json={**BODY, **SAMPLED, "seed": seed}) for seed in range(8))
+            return [response.json()["answer"] for response in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask_all()) == [answer(client, **{**SAMPLED, "seed": seed})["answer"] for seed in range(8)]
+
+
+def test_a_connection_lost_before_the_first_token_is_no_loss(
+    client: httpx.Client, remote: httpx.Client, vllm: VllmDouble
+) -> None:
+    vllm.broken = ["reset", "reset"]
+    assert alike(answer(remote)) == alike(answer(client))
+    assert "scaledown_generator_retries_total 2.0" in remote.get("/metrics").text
+
+
+def test_a_connection_lost_within_the_answer_is_an_error(remote: httpx.Client, vllm: VllmDouble) -> None:
+    vllm.broken = ["cut"]
+    response = remote.post("/answer", json=BODY)
+    assert response.status_code == 503
+    assert error(response)["code"] == "generator_unavailable"
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+    vllm.broken = ["cut"]
+    name, data = events(remote.post("/answer", json={**BODY, "stream": True}).text)[-1]
+    assert (name, data["error"]["code"]) == ("error", "generator_unavailable")
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("status", "shown", "code"), [(503, 429, "overloaded"), (400, 500, "internal"), (401, 503, "generator_unavailable")]
+)
+def test_refusals(remote: httpx.Client, vllm: VllmDouble, status: int, shown: int, code: str) -> None:
+    vllm.broken = [status]
+    response = remote.post("/answer", json=BODY)
+    assert response.status_code == shown
+    assert error(response)["code"] == code
+    assert "secret" not in response.text
+    assert ("Retry-After" in response.headers) == (shown != 500)
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+
+
+def test_away_and_back(serve: Serve, model: Model) -> None:
+    vllm = VllmDouble(model.generator)
+    with serve(generator_url=vllm.url, generator_key="a key of the server's") as client:
+        ready = client.get("/readyz")
+        assert ready.status_code == 503
+        assert "generator" in ready.json()["status"]
+        response = client.post("/answer", json=BODY)
+        assert response.status_code == 503
+        assert error(response)["code"] == "generator_unavailable"
+        # What needs no generator goes on.
+        assert client.post("/rerank", json={"query": QUERY, "passages": PASSAGES}).status_code == 200
+        for _ in range(2):
+            with vllm.running():
+                wait_for(lambda: client.get("/readyz").status_code == 200)
+                assert answer(client)["answer"]
+                assert vllm.headers["authorization"] == "Bearer a key of the server's"
+                assert "scaledown_generator_up 1.0" in client.get("/metrics").text
+            assert client.post("/answer", json=BODY).status_code == 503
+            wait_for(lambda: client.get("/readyz").status_code == 503)
+
+
+def other_weights(model: Model) -> VllmDouble:
+    """A server of another generator of the same shape."""
+    generator = copy.deepcopy(model.generator)
+    with torch.no_grad():
+        generator.model.get_decoder().layers[0].mlp.down_proj.weight.mul_(-3)
+    return VllmDouble(generator)
+
+
+def test_other_weights_are_refused_at_start(model: Model) -> None:
+    async def start(url: str) -> None:
+        app = create_app(make_settings(generator_url=url), model)
+        async with app.router.lifespan_context(app):
+            pass
+
+    with other_weights(model).running() as vllm, pytest.raises(CheckpointError, match="merged export"):
+        asyncio.run(start(vllm.url))
+
+
+def test_other_weights_after_a_restart_are_not_used(serve: Serve, model: Model) -> None:
+    vllm, other = VllmDouble(model.generator), other_weights(model)
+    other.port = vllm.port
+    with serve(generator_url=vllm.url) as client:
+        with vllm.running():
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/answer", json=BODY).status_code == 503
+        with other.running():
+            wait_for(lambda: "does not serve this checkpoint" in client.get("/readyz").text)
+            assert client.post("/answer", json=BODY).status_code == 503
+        assert all(body["logprobs"] for body in other.requests)  # asked for the golden answer only
+
+
+def test_the_servers_room_is_a_limit(serve: Serve, model: Model) -> None:
+    small = copy.copy(model)
+    small.generator = copy.copy(model.generator)
+    with (
+        VllmDouble(model.generator, max_model_len=200).running() as vllm,
+        serve(small, generator_url=vllm.url) as client,
+    ):
+        response = client.post("/answer", json={**BODY, "mode": "text"})
+        assert response.status_code == 413
+        assert error(response)["limit"] == 200
+
+
+@pytest.mark.parametrize("name", ["another", "generator"])
+def test_the_model_can_be_named(serve: Serve, model: Model, vllm: VllmDouble, name: str) -> None:
+    app = create_app(make_settings(generator_url=vllm.url, generator_model=name), model)
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    if name == "generator":
+        asyncio.run(start())
+    else:
+        with pytest.raises(CheckpointError, match=r"generator_model: must be one of .*generator"):
+            asyncio.run(start())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"engine": "vllm"},
+        {"engine": "torch", "generator_url": "http://h:1/v1"},
+        {"generator_url": "ftp://h"},
+        {"generator_url": "http://user:password@h/v1"},
+    ],
+)
+def test_settings_that_contradict(values: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=r"engine|generator_url"):
+        Settings.model_validate(values)
