@@ -6,6 +6,7 @@
     generator.safetensors   the generator's adapter, if it has one; it is merged into the base model at load
     generator/              or else all of a merged generator, as a model folder that other engines can load
     golden.json, .safetensors   an input and what the model made of it
+    graphs/                 the compressor for static shapes, if it was exported for an accelerator
     manifest.json           sha256 of every other file, base models, versions, training summary
 
 Knows nothing about how weights are trained, nor about HTTP.
@@ -15,7 +16,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     merge: bool = False,
+    add: Callable[[Model, Path], None] | None = None,
 ) -> None:
     """Write `model` to the new folder `folder`; it appears whole, or not at all.
 
@@ -54,6 +56,7 @@ def save_checkpoint(
     training  a summary for people, of JSON values
     dtype     float32 or bfloat16, of the compressor's tensors and the adapter's
     merge     write all of the generator with the adapter merged in, in `dtype`, instead of the adapter
+    add       writes further files of a checkpoint to the folder it is given, from the model as a load would give it
 
     The golden example is recorded in float32 on the CPU from the written files, so the base model is loaded again.
     Raises CheckpointError: the folder exists, the disk is full, adapter and config do not belong together.
@@ -77,6 +80,8 @@ def save_checkpoint(
         (staging / "config.json").write_text(dump_config(config), encoding="utf-8")
         saved = _assemble(staging, config, base, model.encoder_base, dtype, torch.device("cpu"), torch.float32)
         write_golden(staging, record_golden(saved))
+        if add is not None:
+            add(saved, staging)
         write_manifest(staging, dtype=dtype, base=base, encoder=model.encoder_base, training=training or {})
 
 

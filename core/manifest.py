@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -25,13 +26,17 @@ MAX_TEXT_BYTES = 1 << 20  # of every JSON file that is parsed here: real ones ha
 # Larger files that are read whole: the largest public tokenizer.json have some 30 MB. Weights are bounded by shape.
 MAX_BYTES = {"tokenizer.json": 1 << 27, "golden.safetensors": 1 << 28}
 MODEL_FOLDER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-# Every file that a checkpoint may hold. All are JSON or safetensors; a chat template runs in jinja's sandbox.
+# Every file that a checkpoint may hold, but for COMPILED. All are JSON or safetensors; a chat template runs in jinja's
+# sandbox.
 ALLOWED = frozenset(
     [MANIFEST, "config.json", "compressor.safetensors", "generator.safetensors", "golden.json", "golden.safetensors"]
     + [f"compressor_base/{name}" for name in (*MODEL_FOLDER_FILES, "chat_template.jinja")]
     + [f"generator/{name}" for name in (*MODEL_FOLDER_FILES, "chat_template.jinja", "generation_config.json")]
-    + ["generator/model.safetensors"]
+    + ["generator/model.safetensors", "graphs/graphs.json", "graphs/golden.safetensors"]
 )
+# Graphs compiled for Neuron, TorchScript files: code, and never read unless the service is told to run on Neuron.
+COMPILED = re.compile(r"graphs/\d{1,5}x\d{1,5}\.neff\.pt")
+FOLDERS = ("compressor_base", "generator", "graphs")
 REQUIRED = frozenset([MANIFEST, "config.json", "compressor.safetensors", "golden.json", "golden.safetensors"])
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -145,8 +150,11 @@ def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[str, int]]:
         info = entry.lstat()
         if stat.S_ISLNK(info.st_mode):
             raise CheckpointError(f"{name}: is a symbolic link; a checkpoint holds its own files")
-        if stat.S_ISDIR(info.st_mode) and name in ("compressor_base", "generator"):
+        if stat.S_ISDIR(info.st_mode) and name in FOLDERS:
             yield from _walk(folder, at / entry.name)
+            continue
+        if COMPILED.fullmatch(name) and stat.S_ISREG(info.st_mode):
+            yield name, info.st_size
             continue
         if entry.suffix.lower() in PICKLES:
             raise CheckpointError(f"{name}: may hold pickled data, which can run code; only safetensors are read")

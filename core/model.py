@@ -1,5 +1,6 @@
 """A loaded model: generator, compressor and the config that made them. Knows nothing about checkpoint folders."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +11,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from core.base_models import BaseModel, resolve_base_model
-from core.compressors import Compressor, EncoderCompressor, NLayersCompressor
+from core.compressors import Compressor, CompressorOutput, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import Config
 from core.document_cache import DocumentCache
 from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
 from core.prompts import PromptTemplate
+from core.readouts import Embed
+from core.rows import ChunkRow
 from core.tokenization import load_tokenizer
 if TYPE_CHECKING:
     from core.golden import Golden  # which imports this module
@@ -28,6 +31,7 @@ class Model:
 
     name    the version that every response names; `untrained` for one built from base weights
     base    the generator's base model, with the sha256 of what was read
+    accelerated     runs rows in the compressor's place (`core.accelerators`); None: the compressor itself does
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
     golden  its checkpoint's golden example
     documents       what the compressor made of chunks, kept for other queries; None: nothing is kept
@@ -40,6 +44,7 @@ class Model:
     base: BaseModel
     encoder_base: BaseModel | None = None
     name: str = "untrained"
+    accelerated: Callable[[Sequence[ChunkRow], Embed], CompressorOutput] | None = None
     golden: "Golden | None" = None
     documents: DocumentCache | None = None
 

@@ -141,7 +141,12 @@ def rows_of(model: Model, request: PreparedRequest, rate: int | None = None) -> 
 def compress_rows(model: Model, rows: Sequence[ChunkRow]) -> list[CompressedChunk]:
     """Compress any mix of requests' rows as one batch; results in the order of `rows`."""
     compressed: dict[int, CompressedChunk] = {}
-    for done in run_rows(model.compressor, rows, model.generator.embed, model.documents):
+    embed = model.generator.embed
+    if model.accelerated is None:
+        passes = run_rows(model.compressor, rows, embed, model.documents)
+    else:
+        passes = iter([RowPass(list(range(len(rows))), model.accelerated(rows, embed))])
+    for done in passes:
         scores = done.output.scores.tolist()
         for place, i in enumerate(done.indices):
             compressed[i] = _compressed_chunk(rows[i], done, place, scores[place])

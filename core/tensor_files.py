@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from core.errors import CheckpointError
 
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}  # safetensors' names
+DTypes = torch.dtype | Mapping[str, torch.dtype]  # of all tensors of a file, or of each by its name
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -32,7 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype)
         raise CheckpointError(f"{path.name}: cannot be written ({error})") from None
 
 
-def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: DTypes) -> None:
     """Check by the header of `path` alone that it holds exactly the tensors of `shapes`, stored as `dtype`.
 
     Takes no memory for a file that does not fit. Raises CheckpointError that names the tensor that is missing,
@@ -50,11 +51,12 @@ def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torc
             shape, stored = tuple(header.get_shape()), header.get_dtype()
             if shape != shapes[name]:
                 raise CheckpointError(f"{path.name}: {name} has shape {shape}, not {shapes[name]}")
-            if stored != STORED[dtype]:
-                raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {STORED[dtype]}")
+            expected = STORED[dtype if isinstance(dtype, torch.dtype) else dtype[name]]
+            if stored != expected:
+                raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {expected}")
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: DTypes) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `path` one by one, after `check_tensors`. Raises CheckpointError as it does."""
     check_tensors(path, shapes, dtype)
     with _open(path) as file:

@@ -55,8 +55,8 @@ class Compressor(nn.Module):
         self.slots = nn.Parameter(torch.zeros(config.max_memory_tokens + 1, self._embedding_table.shape[1]))
         self.readout = build_readout(config, width, generator_width)
         self.relevance = nn.Linear(width, 1)
-        takes_segments = "token_type_ids" in inspect.signature(backbone.forward).parameters
-        self._segments = takes_segments and getattr(backbone.config, "type_vocab_size", 2) > 1  # RoBERTa has but one
+        accepts = "token_type_ids" in inspect.signature(backbone.forward).parameters
+        self.takes_segments = accepts and getattr(backbone.config, "type_vocab_size", 2) > 1  # RoBERTa has but one
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +100,7 @@ class Compressor(nn.Module):
         `mask`: a ready additive mask (B, 1, T, T), by kind of layer where the backbone mixes them.
         """
         inputs = self.inputs(batch.ids, batch.slots)
-        extra = {"token_type_ids": batch.segments} if self._segments else {}
+        extra = {"token_type_ids": batch.segments} if self.takes_segments else {}
         # Padding is on the right, where causal attention never looks: with no mask it runs on its fastest kernel, which
         # takes grouped heads as they are and skips what is masked.
         if mask is None and not self.causal:

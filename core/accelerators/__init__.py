@@ -1,0 +1,22 @@
+"""Ways to run the compressor on static shapes, behind one protocol: `eager` (the reference), `jit`, `neuron`."""
+
+from core.accelerators.base import Accelerator, Compiled, CompileSpec
+from core.accelerators.buckets import Bucket, default_buckets, parse_buckets
+from core.accelerators.eager import EagerAccelerator
+from core.accelerators.jit import JitAccelerator
+from core.accelerators.neuron import NeuronAccelerator
+from core.accelerators.rows import AcceleratedCompressor, compile_compressor
+
+__all__ = [
+    "AcceleratedCompressor",
+    "Accelerator",
+    "Bucket",
+    "CompileSpec",
+    "Compiled",
+    "EagerAccelerator",
+    "JitAccelerator",
+    "NeuronAccelerator",
+    "compile_compressor",
+    "default_buckets",
+    "parse_buckets",
+]
