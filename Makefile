@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.scaledown-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base-models demo bench test lint format clean
+.PHONY: help setup base-models demo bench test lint format audit sbom clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -54,6 +54,12 @@ lint: $(STAMP) ## types, lint and format only
 format: $(STAMP) ## rewrite the sources in the project's format
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+audit: $(STAMP) ## look up known vulnerabilities of what is installed (asks PyPI's or OSV's advisory service)
+	@$(BIN)/python .ci/audit.py
+
+sbom: $(STAMP) ## what is installed, as CycloneDX JSON on standard output
+	@$(BIN)/python .ci/audit.py sbom
 
 clean: ## remove the environment and the tools' caches, not the base models
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
