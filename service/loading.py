@@ -5,8 +5,11 @@ from pathlib import Path
 
 import torch
 
+from core.accelerators import ACCELERATORS
+from core.accelerators.artifact import accelerate
 from core.checkpoint import load_checkpoint
 from core.config import Config, GeneratorConfig
+from core.errors import ConfigError
 from core.model import Model, build_model
 from core.passages import Passage
 from core.pipeline import answer
@@ -33,6 +36,10 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     dtype = DTYPES[settings.dtype]
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)
+        if settings.accelerator != "eager":
+            model.accelerated = accelerate(model, folder.resolve(), ACCELERATORS[settings.accelerator]())
+    elif settings.accelerator != "eager":
+        raise ConfigError(f"accelerator: {settings.accelerator} runs the graphs of a checkpoint, and there is none")
     else:
         config = Config(generator=GeneratorConfig(base_model=settings.base_model))
         model = build_model(config, device=settings.device, dtype=dtype)

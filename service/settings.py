@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     device: str = Field(
         default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the model runs: cpu, cuda, cuda:1"
     )
+    accelerator: Literal["eager", "jit", "neuron"] = Field(
+        default="eager",
+        description="what runs the compressor; jit and neuron: graphs of the checkpoint, see `training export --target`",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="number format of the weights"
     )

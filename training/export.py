@@ -17,11 +17,12 @@ from torch import Tensor
 
 from core.checkpoint import load_checkpoint, read_adapter, save_checkpoint
 from core.config import Config
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError
 from core.generator import adapter_shapes
 from core.manifest import DTYPES, MANIFEST, parse_json, read_bounded, read_manifest
 from core.model import Model, build_model
 from core.tensor_files import read_into, read_tensors
+from training.graphs import add_graph_arguments, check_graph_arguments, graph_writer, verify_export
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ examples:
   python -m training export runs/smollm2/last checkpoints/v1-last
   # with all of the generator in it, for engines that take no adapter beside prompt embeddings
   python -m training export checkpoints/v1 checkpoints/v1-merged --merge
+  # compiled for AWS Inferentia2, where the Neuron SDK is installed; then SCALEDOWN_ACCELERATOR=neuron
+  python -m training export checkpoints/v1 checkpoints/v1-neuron --target neuron --dtype bfloat16
+  # a newer checkpoint of the same shapes, with the graphs of that one: nothing is compiled
+  python -m training export runs/next checkpoints/v2-neuron --target neuron --dtype bfloat16 \\
+      --graphs-from checkpoints/v1-neuron
 """
 
 
@@ -58,24 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="how the weights are stored")
     parser.add_argument("--merge", action="store_true", help="write the generator whole, its adapter merged in")
     parser.add_argument("--base-model", help="where the generator's base model is now, if not where it was")
-    parser.add_argument("--target", choices=["any", "neuron"], default="any", help="hardware to prepare it for")
+    add_graph_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Read, save, and load as the service would. Raises ScaledownError for what the user can mend."""
-    if args.target == "neuron":
-        raise ConfigError(
-            "--target neuron: compiling for Neuron is not there yet; a checkpoint for `any` runs on CPU and CUDA"
-        )
+    check_graph_arguments(args)
     dtype = DTYPES[args.dtype]
+    add = graph_writer(args, dtype)
     source = read_source(args.source, args.base_model)
     save_checkpoint(
-        source.model, args.out, adapter=source.adapter, training=source.training, dtype=dtype, merge=args.merge
+        source.model, args.out, adapter=source.adapter, training=source.training, dtype=dtype, merge=args.merge, add=add
     )
     try:
         # In float32, as it was recorded, and in bfloat16, as it may be served: what a load would refuse shows here.
         for served in dict.fromkeys([torch.float32, dtype]):
             name = load_checkpoint(args.out, dtype=served, base_model=args.base_model).name
+        verify_export(args, dtype)
     except CheckpointError:
         shutil.rmtree(args.out)
         raise

@@ -1,4 +1,4 @@
-"""What an accelerator is: it compiles graphs of fixed shapes, one for each bucket, and runs them. Knows no compressor."""
+"""What an accelerator is: it compiles graphs of fixed shapes, one for each bucket, and runs them; of any module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
