@@ -1,10 +1,11 @@
-"""What a piece of work costs: time or floating point operations by stage, and memory. Knows no models.
+"""What a piece of work costs: time or floating point operations by stage, memory, and seconds for each token.
 
 Operations are counted while the work runs on its ordinary kernels, the fused attention of CPUs included, which
 PyTorch's own counter passes over.
 """
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,15 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from core.decoding import DecodeBatch
+from core.model import Model
+from core.passages import Passage, chunk_passage
+from core.policy import TokenCosts
+from core.prompts import Block
+from core.rows import ChunkRow, collate_rows
+from core.sampling import GenerationOptions
+from core.tokenization import encode
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -109,3 +119,40 @@ def _status_bytes(name: str) -> int:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+WORDS = "Tin melts at 232 °C and boils at 2602 °C, and is soft enough to be cut with a knife. "
+
+
+@torch.inference_mode()
+def measure_token_costs(model: Model, chunks: int = 2, repeats: int = 3) -> TokenCosts:
+    """Seconds for each token that the compressor and the generator's prefill read: medians of a few small runs.
+
+    A run is `chunks` full chunks at the default rate; the prompt is of the same chunks as text. One more run of each
+    comes first and is not counted.
+    """
+    config, read = model.config.compressor, clock(model.device)
+    tokenizers = model.generator.tokenizer, model.compressor.tokenizer
+    text = Passage(WORDS * config.chunk_tokens)
+    pieces = chunk_passage(text, 0, *tokenizers, config.chunk_tokens)[:chunks]
+    query_ids = encode(model.compressor.tokenizer, WORDS).ids[-config.query_tokens :]
+    memory = config.memory_tokens(config.chunk_tokens, config.rates[0])
+    rows = [ChunkRow(query_ids, piece, min(memory, len(piece.generator_ids))) for piece in pieces]
+    batch = collate_rows(rows, model.compressor.row_format, config.max_memory_tokens).to(model.device)
+    prompt = model.template.build(WORDS, [Block(text_ids=piece.generator_ids) for piece in pieces])
+
+    def compress() -> None:
+        model.compressor(batch, model.generator.embed)
+
+    def prefill() -> None:
+        DecodeBatch(model.generator, 1, prompt.tokens + 1).add([prompt], [GenerationOptions(max_new_tokens=1)])
+
+    def median(run: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(repeats + 1):
+            begin = read()
+            run()
+            seconds.append(read() - begin)
+        return statistics.median(seconds[1:])
+
+    return TokenCosts(median(compress) / batch.ids.numel(), median(prefill) / prompt.tokens)

@@ -17,10 +17,12 @@ from core.config import Config
 from core.document_cache import DocumentCache
 from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
+from core.policy import TokenCosts
 from core.prompts import PromptTemplate
 from core.readouts import Embed
 from core.rows import ChunkRow
 from core.tokenization import load_tokenizer
+
 if TYPE_CHECKING:
     from core.golden import Golden  # which imports this module
 
@@ -34,6 +36,7 @@ class Model:
     accelerated     runs rows in the compressor's place (`core.accelerators`); None: the compressor itself does
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
     golden  its checkpoint's golden example
+    costs   what a token costs on this machine, for `auto` mode; None: not measured
     documents       what the compressor made of chunks, kept for other queries; None: nothing is kept
     """
 
@@ -46,6 +49,7 @@ class Model:
     name: str = "untrained"
     accelerated: Callable[[Sequence[ChunkRow], Embed], CompressorOutput] | None = None
     golden: "Golden | None" = None
+    costs: TokenCosts | None = None
     documents: DocumentCache | None = None
 
     @property

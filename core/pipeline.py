@@ -1,28 +1,24 @@
-"""One request, step by step: prepare -> compress -> rerank -> build the prompt -> answer.
+"""One request, step by step: prepare -> compress -> rerank -> build the prompt.
 
 Plain functions of their inputs. Nothing here knows HTTP, queues or checkpoints; batching across requests is the
 caller's, who may hand any mix of requests' rows to `compress_rows`.
 """
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from core.config import Mode
-from core.decoding import generate
 from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
+from core.policy import Shown
 from core.prompts import Block, Prompt
 from core.row_passes import RowPass, run_rows
 from core.rows import ChunkRow, plan_batches
-from core.sampling import GenerationOptions
 from core.tokenization import encode
 
 
@@ -58,11 +54,14 @@ class CompressedChunk:
 
 @dataclass(frozen=True, slots=True)
 class CompressedPassage:
-    """One passage: its chunks in order, and its relevance, the calibrated best of its chunks' scores, in 0..1."""
+    """One passage: its chunks in order, and its relevance, the calibrated best of its chunks' scores, in 0..1.
+
+    One that the compressor has not read has no chunks, and its relevance is None.
+    """
 
     index: int
     chunks: tuple[CompressedChunk, ...]
-    relevance: float
+    relevance: float | None
 
     @property
     def memory(self) -> Tensor:
@@ -74,19 +73,10 @@ class CompressedPassage:
         """Generator tokens of the passage as text."""
         return sum(chunk.tokens for chunk in self.chunks)
 
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer with what it was made from. Passages and modes are in the caller's order; timings in milliseconds."""
-
-    text: str
-    finish_reason: str
-    passages: list[CompressedPassage]
-    modes: list[Mode]
-    text_tokens: int
-    prompt_tokens: int
-    completion_tokens: int
-    timings_ms: dict[str, float]
+    @property
+    def score(self) -> float:
+        """Raw relevance score: the best of its chunks', and under all others without any."""
+        return max((chunk.score for chunk in self.chunks), default=-math.inf)
 
 
 def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRequest:
@@ -162,58 +152,63 @@ def _compressed_chunk(row: ChunkRow, done: RowPass, place: int, score: float) ->
     return CompressedChunk(row.chunk.start, row.chunk.end, tokens, memory, score, evidence, cached)
 
 
-def gather(model: Model, request: PreparedRequest, chunks: Sequence[CompressedChunk]) -> list[CompressedPassage]:
-    """Put a request's compressed chunks, in the order of its rows, back together into passages."""
+def gather(model: Model, request: PreparedRequest, chunks: Sequence[CompressedChunk | None]) -> list[CompressedPassage]:
+    """Put a request's compressed chunks, in the order of its rows, back together into passages.
+
+    None stands for a chunk that was not compressed; all chunks of a passage are, or none.
+    """
     grouped: list[list[CompressedChunk]] = [[] for _ in request.passages]
     for chunk, compressed in zip(request.chunks, chunks, strict=True):
-        grouped[chunk.passage].append(compressed)
+        if compressed is not None:
+            grouped[chunk.passage].append(compressed)
+    return [
+        CompressedPassage(index, tuple(group), _relevance(model, group) if group else None)
+        for index, group in enumerate(grouped)
+    ]
+
+
+def _relevance(model: Model, chunks: Sequence[CompressedChunk]) -> float:
     calibration = model.config.relevance
-    passages = []
-    for index, group in enumerate(grouped):
-        score = calibration.scale * max(chunk.score for chunk in group) + calibration.bias
-        # Written by the sign of the score, so that neither side overflows.
-        relevance = 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
-        passages.append(CompressedPassage(index, tuple(group), relevance))
-    return passages
+    score = calibration.scale * max(chunk.score for chunk in chunks) + calibration.bias
+    # Written by the sign of the score, so that neither side overflows.
+    return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
 def compress(
-    model: Model, requests: Sequence[PreparedRequest], rate: int | None = None, max_batch_tokens: int = 4096
+    model: Model,
+    requests: Sequence[PreparedRequest],
+    rate: int | None = None,
+    max_batch_tokens: int = 4096,
+    read: Sequence[Collection[int]] | None = None,
 ) -> list[list[CompressedPassage]]:
-    """Compress whole requests: all their chunks together, in batches of like length under a token budget."""
+    """Compress whole requests: all their chunks together, in batches of like length under a token budget.
+
+    read    for each request, the passages to compress; None: all of all
+    """
     rows = [row for request in requests for row in rows_of(model, request, rate)]
+    owners = [number for number, request in enumerate(requests) for _ in request.chunks]
+    wanted = [i for i, row in enumerate(rows) if read is None or row.chunk.passage in read[owners[i]]]
     done: dict[int, CompressedChunk] = {}
-    for indices in plan_batches([model.compressor.row_format.length(row) for row in rows], max_batch_tokens):
+    for batch in plan_batches([model.compressor.row_format.length(rows[i]) for i in wanted], max_batch_tokens):
+        indices = [wanted[i] for i in batch]
         done.update(zip(indices, compress_rows(model, [rows[i] for i in indices]), strict=True))
     results, first = [], 0
     for request in requests:
         last = first + len(request.chunks)
-        results.append(gather(model, request, [done[i] for i in range(first, last)]))
+        results.append(gather(model, request, [done.get(i) for i in range(first, last)]))
         first = last
     return results
 
 
 def rerank(compressed: Sequence[CompressedPassage]) -> list[int]:
     """Passage indices, most relevant first; equals keep the caller's order. By raw score: relevance can saturate."""
-    best = [max(chunk.score for chunk in passage.chunks) for passage in compressed]
-    return [compressed[i].index for i in sorted(range(len(compressed)), key=lambda i: -best[i])]
-
-
-def choose_modes(
-    model: Model, compressed: Sequence[CompressedPassage], mode: Mode, hybrid_top: int | None = None
-) -> list[Mode]:
-    """How each passage reaches the generator, in the caller's order: `text` or `compressed`."""
-    if mode != "hybrid":
-        return [mode] * len(compressed)
-    top = model.config.prompt.hybrid_top if hybrid_top is None else hybrid_top
-    shown = set(rerank(compressed)[:top])
-    return ["text" if passage.index in shown else "compressed" for passage in compressed]
+    return [passage.index for passage in sorted(compressed, key=lambda passage: -passage.score)]
 
 
 def build_prompt(
-    model: Model, request: PreparedRequest, compressed: Sequence[CompressedPassage], modes: Sequence[Mode]
+    model: Model, request: PreparedRequest, compressed: Sequence[CompressedPassage], modes: Sequence[Shown]
 ) -> Prompt:
-    """The generator's prompt, passages in the order the config asks for."""
+    """The generator's prompt: the passages that are not dropped, in the order the config asks for."""
     text_ids = passage_text_ids(request)
     by_relevance = model.config.prompt.passage_order == "relevance"
     order = rerank(compressed) if by_relevance else range(len(compressed))
@@ -222,6 +217,7 @@ def build_prompt(
         if modes[i] == "text"
         else Block(text_ids=None, memory=compressed[i].memory)
         for i in order
+        if modes[i] != "dropped"
     ]
     return model.template.build(request.query, blocks)
 
@@ -237,35 +233,3 @@ def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
 def text_prompt_tokens(model: Model, request: PreparedRequest) -> int:
     """Prompt tokens if every passage were text: what the request would cost uncompressed."""
     return len(model.template.layout(request.query, passage_text_ids(request)).ids)
-
-
-def answer(
-    model: Model,
-    query: str,
-    passages: Sequence[Passage],
-    mode: Mode = "compressed",
-    rate: int | None = None,
-    options: GenerationOptions | None = None,
-) -> Answer:
-    """Answer one query from its passages: every step above, timed. Raises InputError."""
-    marks = [time.perf_counter()]
-    request = prepare(model, query, passages)
-    marks.append(time.perf_counter())
-    compressed = compress(model, [request], rate)[0]
-    marks.append(time.perf_counter())
-    modes = choose_modes(model, compressed, mode)
-    prompt = build_prompt(model, request, compressed, modes)
-    completion = generate(model.generator, [prompt], [options or GenerationOptions()])[0]
-    marks.append(time.perf_counter())
-    stages = zip(("prepare", "compress", "generate"), pairwise(marks), strict=True)
-    timings_ms = {name: 1000 * (end - begin) for name, (begin, end) in stages}
-    return Answer(
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        passages=compressed,
-        modes=modes,
-        text_tokens=text_prompt_tokens(model, request),
-        prompt_tokens=len(prompt.ids),
-        completion_tokens=len(completion.token_ids),
-        timings_ms=timings_ms | {"total": 1000 * (marks[-1] - marks[0])},
-    )

@@ -14,6 +14,7 @@ from typing import Self
 
 from core.errors import EngineError, ScaledownError
 from core.model import Model
+from core.policy import Policy
 from core.sampling import GenerationOptions
 from service.admission import Gate, Reservation
 from service.embedding_store import EmbeddingStore
@@ -169,6 +170,7 @@ class Session:
         self.queue: asyncio.Queue[JobEvent] = asyncio.Queue()
         self.prepared: Prepared | None = None
         self.text_tokens = 0
+        self.explain = False
         self._reservation = reservation
         self._timeout = timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
@@ -210,12 +212,15 @@ class Session:
     def _prepare(self, body: AnyRequest) -> None:
         model = self.version.model
         rate = body.rate if isinstance(body, AnswerRequest | CompressRequest) else None
-        mode = body.mode if isinstance(body, AnswerRequest) else "compressed"
-        self.prepared = prepare_request(model, body.query, body.passages, rate, self.engine.store, mode)
+        policy, answer_tokens = Policy(), 0
+        if isinstance(body, AnswerRequest):
+            policy, answer_tokens, self.explain = body.policy, body.max_new_tokens, body.explain
+        store = self.engine.store
+        self.prepared = prepare_request(model, body.query, body.passages, rate, store, policy, answer_tokens)
         check_tokens(self.prepared.passage_tokens, self.engine.settings)
         if isinstance(body, AnswerRequest):
             self.text_tokens = self.prepared.text_prompt_tokens(model)
-            if mode == "text":
+            if policy.mode == "text" and policy.max_prompt_tokens is None and not policy.min_relevance:
                 check_prompt(self.text_tokens, body.max_new_tokens, model)
 
     async def next_event(self) -> JobEvent:
@@ -291,4 +296,4 @@ def answer_plan(body: AnswerRequest) -> AnswerPlan:
         seed=body.seed,
         stop=tuple(body.stop),
     )
-    return AnswerPlan(body.mode, body.stream, body.hybrid_top, options)
+    return AnswerPlan(body.policy, body.stream, options)

@@ -32,12 +32,14 @@ def passages_evidence(request: PreparedRequest, compressed: Sequence[CompressedP
     """By passage index, for each of its memory embeddings in order, the spans it was read from, heaviest first.
 
     An embedding has at most `MAX_SPANS` spans of at least `MIN_WEIGHT`, and their weights sum to at most 1. None for a
-    passage whose embeddings have no attention: those of the memory readout, and those that the caller gave back.
+    passage whose embeddings have no attention: those of the memory readout, and those that the caller gave back. One
+    that was not compressed is left out.
     """
     chunks: list[list[Chunk]] = [[] for _ in request.passages]
     for chunk in request.chunks:
         chunks[chunk.passage].append(chunk)
-    return {p.index: _passage_evidence(request.passages[p.index], chunks[p.index], p.chunks) for p in compressed}
+    read = [passage for passage in compressed if passage.chunks]
+    return {p.index: _passage_evidence(request.passages[p.index], chunks[p.index], p.chunks) for p in read}
 
 
 def _passage_evidence(passage: Passage, chunks: Sequence[Chunk], compressed: Sequence[CompressedChunk]) -> Evidence:

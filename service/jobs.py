@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from core.config import Mode
 from core.errors import ScaledownError
 from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
+from core.policy import Choice, Policy
 from core.rows import ChunkRow
 from core.sampling import GenerationOptions
 
@@ -19,18 +19,17 @@ from core.sampling import GenerationOptions
 class AnswerPlan:
     """What `/answer` asks for beyond compression; only a stream gets its answer in pieces."""
 
-    mode: Mode
+    policy: Policy
     stream: bool
-    hybrid_top: int | None
     options: GenerationOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """All passages are compressed; for an answer, its prompt is built too."""
+    """All passages are compressed that are to be; for an answer, its prompt is built too, as `choices` say."""
 
     passages: list[CompressedPassage]
-    modes: list[Mode]
+    choices: list[Choice]
     prompt_tokens: int
 
 
@@ -66,7 +65,8 @@ class Job:
     """One request in the worker's hands, pinned to the checkpoint version it was prepared with.
 
     rows, places    rows still to compress, and where the result of each goes in `results`
-    results         one entry a chunk of `request`; those of passages that came as embeddings are filled already
+    results         one entry a chunk of `request`; those of passages that came as embeddings are filled already, and
+                    those that `auto` shows as text without reading them stay None
     marks           when each stage ended (`time.perf_counter()`)
     """
 

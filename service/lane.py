@@ -7,15 +7,15 @@ rows of one lane, so it never mixes versions.
 import logging
 from collections.abc import Sequence
 
-from core.config import Mode
 from core.errors import ScaledownError
 from core.model import Model
-from core.pipeline import CompressedPassage, build_prompt, choose_modes, compress_rows, gather
+from core.pipeline import build_prompt, compress_rows, gather
+from core.planning import choose_modes
 from core.rows import ChunkRow
 from service.batching import FairQueue, Picked
 from service.failures import free_memory, shown
 from service.generation.engine import GeneratorEngine
-from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job
+from service.jobs import Compressed, Failed, Finished, Job
 from service.limits import check_prompt
 from service.metrics import Metrics
 from service.settings import Settings
@@ -100,19 +100,20 @@ class Lane:
         """All chunks of a job are there: hand out its passages and, for an answer, build its prompt."""
         job.mark("compress")
         try:
-            passages = gather(self.model, job.request, [chunk for chunk in job.results if chunk is not None])
+            passages = gather(self.model, job.request, job.results)
             if job.plan is None:
                 job.emit(Compressed(passages, [], 0))
                 del self._jobs[job]
                 job.end(Finished())
                 return
-            modes = _modes(self.model, job, passages, job.plan)
-            prompt = build_prompt(self.model, job.request, passages, modes)
-            check_prompt(prompt.tokens, job.plan.options.max_new_tokens, self.model)
+            new_tokens = job.plan.options.max_new_tokens
+            choices = choose_modes(self.model, job.request, passages, job.plan.policy, new_tokens)
+            prompt = build_prompt(self.model, job.request, passages, [choice.mode for choice in choices])
+            check_prompt(prompt.tokens, new_tokens, self.model)
         except Exception as error:
             self._fail(job, shown(error, job))
             return
-        job.emit(Compressed(passages, modes, prompt.tokens))
+        job.emit(Compressed(passages, choices, prompt.tokens))
         del self._jobs[job]
         self.generator.add(job, job.plan, prompt)
 
@@ -120,14 +121,3 @@ class Lane:
         self._jobs.pop(job, None)
         self._rows.remove(job)
         job.end(Failed(error))
-
-
-def _modes(model: Model, job: Job, passages: list[CompressedPassage], plan: AnswerPlan) -> list[Mode]:
-    """How each passage is shown. One whose text is unknown here stays compressed, whatever its relevance."""
-    with_text = {chunk.passage for chunk in job.request.chunks if chunk.generator_ids}
-    candidates = [passage for passage in passages if passage.index in with_text]
-    chosen = choose_modes(model, candidates, plan.mode, plan.hybrid_top)
-    modes: list[Mode] = ["compressed"] * len(passages)
-    for passage, mode in zip(candidates, chosen, strict=True):
-        modes[passage.index] = mode
-    return modes

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import torch
 
+from core.answer import answer
 from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
 from core.checkpoint import load_checkpoint
 from core.config import Config, GeneratorConfig
 from core.errors import ConfigError
+from core.costs import measure_token_costs
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import answer
+from core.policy import TokenCosts
 from core.sampling import GenerationOptions
 from service.settings import SHIPPED, Settings
 
@@ -43,6 +45,8 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     else:
         config = Config(generator=GeneratorConfig(base_model=settings.base_model))
         model = build_model(config, device=settings.device, dtype=dtype)
+    if settings.compressor_token_us is not None and settings.prefill_token_us is not None:
+        model.costs = TokenCosts(settings.compressor_token_us / 1e6, settings.prefill_token_us / 1e6)
     if not model.config.trained:
         log.warning(
             "this model is untrained: text mode answers like its base model, compressed mode does not make sense yet",
@@ -52,6 +56,8 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
 
 
 def warm_up(model: Model) -> None:
-    """Run every stage once, so that no caller pays for what the first request sets up."""
+    """Run every stage once, so that no caller pays for what the first request sets up, and measure what tokens cost."""
     passages = [Passage("Iron melts at 1538 °C."), Passage("Tin melts at 232 °C. " * 20)]
     answer(model, "What melts first?", passages, "hybrid", options=GenerationOptions(max_new_tokens=2))
+    if model.costs is None:
+        model.costs = measure_token_costs(model)

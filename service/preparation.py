@@ -6,11 +6,12 @@ Runs in a thread of its own pool, never on the event loop: tokenising 100 kB tak
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from core.config import Mode
 from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage
 from core.pipeline import CompressedChunk, PreparedRequest, prepare, rows_of, text_prompt_tokens
+from core.planning import plan_request
+from core.policy import Plan, Policy
 from core.rows import ChunkRow
 from core.tokenization import encode
 from service.embedding_store import EmbeddingStore, StoredPassage
@@ -23,11 +24,13 @@ from service.schemas import AnswerPassage, Embeddings
 class Prepared:
     """A tokenised request.
 
-    rows, places    what is to be compressed, and where in `results` each row's outcome belongs
+    rows, places    what is to be compressed, as `plan` has it, and where in `results` each row's outcome belongs
     results         one entry a chunk of `request`: filled for passages that came compressed, else None
     """
 
     request: PreparedRequest
+    policy: Policy
+    plan: Plan
     rows: list[ChunkRow]
     places: list[int]
     results: list[CompressedChunk | None]
@@ -35,8 +38,8 @@ class Prepared:
     @property
     def passage_tokens(self) -> int:
         """Generator tokens of all passages as text."""
-        given = (chunk.tokens for chunk in self.results if chunk is not None)
-        return sum(len(row.chunk.generator_ids) for row in self.rows) + sum(given)
+        pairs = zip(self.request.chunks, self.results, strict=True)
+        return sum(len(chunk.generator_ids) if result is None else result.tokens for chunk, result in pairs)
 
     def text_prompt_tokens(self, model: Model) -> int:
         """Prompt tokens if every passage were text, those included whose text only the caller has."""
@@ -49,30 +52,34 @@ class Prepared:
 
 
 def prepare_request(
-    model: Model, query: str, passages: Sequence[AnyPassage], rate: int | None, store: EmbeddingStore, mode: Mode
+    model: Model,
+    query: str,
+    passages: Sequence[AnyPassage],
+    rate: int | None,
+    store: EmbeddingStore,
+    policy: Policy,
+    max_new_tokens: int,
 ) -> Prepared:
-    """Tokenise a request. Raises InputError for what the checkpoint cannot take."""
+    """Tokenise a request, and settle what the compressor reads. Raises InputError for what cannot be served."""
     check_rate(rate, model)
     given = {i: given for i, passage in enumerate(passages) if (given := _given(model, i, passage, store))}
     plain = [_passage(passage, given.get(i)) for i, passage in enumerate(passages)]
     fresh = [i for i in range(len(plain)) if i not in given]
     tokenised = prepare(model, query, [plain[i] for i in fresh]) if fresh else PreparedRequest(query, (), [], ())
-    rows = rows_of(model, tokenised, rate)
-    chunks: list[tuple[Chunk, ChunkRow | None, CompressedChunk | None]] = [
-        (replace(row.chunk, passage=fresh[row.chunk.passage]), row, None) for row in rows
+    chunks: list[tuple[Chunk, CompressedChunk | None]] = [
+        (replace(chunk, passage=fresh[chunk.passage]), None) for chunk in tokenised.chunks
     ]
     for i, entry in given.items():
-        if mode == "text" and not plain[i].text:
+        if policy.mode == "text" and not plain[i].text:
             raise InvalidInputError(f"passages.{i}.text", "is required: mode text cannot show embeddings as text")
-        chunks.append((_whole_chunk(model, i, plain[i]), None, _compressed(model, entry)))
+        chunks.append((_whole_chunk(model, i, plain[i]), _compressed(model, entry)))
     chunks.sort(key=lambda item: item[0].passage)  # stable: the chunks of one passage keep their order
-    request = replace(tokenised, passages=tuple(plain), chunks=tuple(chunk for chunk, _, _ in chunks))
-    return Prepared(
-        request=request,
-        rows=[row for _, row, _ in chunks if row is not None],
-        places=[place for place, (_, row, _) in enumerate(chunks) if row is not None],
-        results=[result for _, _, result in chunks],
-    )
+    request = replace(tokenised, passages=tuple(plain), chunks=tuple(chunk for chunk, _ in chunks))
+    results = [result for _, result in chunks]
+    plan = plan_request(model, request, policy, rate, max_new_tokens, results)
+    rows = rows_of(model, request, plan.rate)
+    places = [place for place, chunk in enumerate(request.chunks) if chunk.passage in plan.read]
+    return Prepared(request, policy, plan, [rows[place] for place in places], places, results)
 
 
 def _passage(passage: AnyPassage, given: StoredPassage | None) -> Passage:

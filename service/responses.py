@@ -1,16 +1,19 @@
 """From what the engine produced to the response models. Knows no HTTP."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from pydantic import BaseModel
 
 from core.model import Model
 from core.pipeline import CompressedPassage, rerank
+from core.policy import overall
 from service.embedding_store import StoredPassage
 from service.embeddings_codec import encode_embeddings
 from service.engine import Session
 from service.evidence import passages_evidence
 from service.jobs import Compressed, Finished
+from service.policy_schemas import EstimatesMs, PlanOut
 from service.schemas import (
     Answerable,
     AnsweredPassage,
@@ -58,7 +61,7 @@ def rerank_response(session: Session, compressed: Compressed, top_n: int | None)
     """The whole response of `/rerank`."""
     ids, passages = _ids(session), compressed.passages
     best = [passages[index] for index in rerank(passages)[:top_n]]
-    results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance) for p in best]
+    results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance or 0.0) for p in best]
     return RerankResponse(results=results, timings_ms=session.timings_ms(), checkpoint=session.version.model.name)
 
 
@@ -72,20 +75,39 @@ def answered_passages(
             index=passage.index,
             id=ids[passage.index],
             relevance=passage.relevance,
-            mode="text" if mode == "text" else "compressed",
-            evidence=None if mode == "text" else evidence.get(passage.index),
+            mode=choice.mode,
+            reason=choice.reason,
+            tokens=choice.tokens,
+            evidence=evidence.get(passage.index) if choice.mode == "compressed" else None,
         )
-        for passage, mode in zip(compressed.passages, compressed.modes, strict=True)
+        for passage, choice in zip(compressed.passages, compressed.choices, strict=True)
     ]
 
 
 def answerable(model: Model, passages: list[CompressedPassage]) -> Answerable | None:
-    """Whether any passage is relevant enough; None where the checkpoint has no calibrated threshold."""
+    """Whether any passage is relevant enough; None where no threshold is calibrated, or a passage was not scored."""
     threshold = model.config.relevance.threshold
-    if threshold is None:
+    scored = [passage.relevance for passage in passages if passage.relevance is not None]
+    if threshold is None or len(scored) < len(passages):
         return None
-    probability = max(passage.relevance for passage in passages)
+    probability = max(scored)
     return Answerable(probability=probability, answerable=probability >= threshold)
+
+
+def plan_out(session: Session, compressed: Compressed) -> PlanOut:
+    """How a request as a whole was served."""
+    assert session.prepared is not None  # a session that has events was prepared
+    plan, estimates = session.prepared.plan, None
+    if session.explain and plan.estimates is not None:
+        seconds = dataclasses.asdict(plan.estimates)
+        estimates = EstimatesMs(**{name.removesuffix("_s"): round(1000 * value, 3) for name, value in seconds.items()})
+    return PlanOut(
+        mode=overall(compressed.choices),
+        reason=plan.reason,
+        rate=plan.rate,
+        max_prompt_tokens=session.prepared.policy.max_prompt_tokens,
+        estimates_ms=estimates,
+    )
 
 
 def answer_response(
@@ -104,6 +126,7 @@ def answer_response(
         finish_reason="stop" if finished.finish_reason == "stop" else "length",
         passages=answered_passages(session, compressed, evidence),
         answerable=answerable(model, compressed.passages),
+        plan=plan_out(session, compressed),
         usage=usage,
         timings_ms=session.timings_ms(),
         checkpoint=model.name,
@@ -116,9 +139,11 @@ def record_response(session: Session, compressed: Compressed, response: BaseMode
     for stage, milliseconds in session.timings_ms().items():
         metrics.stage_seconds.labels(stage).observe(milliseconds / 1000)
     for passage in compressed.passages:
-        metrics.relevance.labels(checkpoint).observe(passage.relevance)
-    tokens = sum(passage.tokens for passage in compressed.passages)
-    metrics.compression_rate.observe(tokens / sum(len(passage.memory) for passage in compressed.passages))
+        if passage.relevance is not None:
+            metrics.relevance.labels(checkpoint).observe(passage.relevance)
+    if read := [passage for passage in compressed.passages if passage.chunks]:
+        tokens = sum(passage.tokens for passage in read)
+        metrics.compression_rate.observe(tokens / sum(len(passage.memory) for passage in read))
     if isinstance(response, AnswerResponse):
         metrics.text_tokens.labels(checkpoint).inc(response.usage.text_tokens)
         metrics.prompt_tokens.labels(checkpoint).inc(response.usage.prompt_tokens)
@@ -138,7 +163,7 @@ def _compressed_passage(
     assert session.prepared is not None  # a session that has events was prepared
     source = session.prepared.request.passages[passage.index]
     memory = passage.memory
-    score = max(chunk.score for chunk in passage.chunks)
+    score = passage.score
     stored = None
     if body.store:
         stored = session.engine.store.put(
@@ -147,7 +172,7 @@ def _compressed_passage(
     return CompressedPassageOut(
         index=passage.index,
         id=source.id,
-        relevance=passage.relevance,
+        relevance=passage.relevance or 0.0,
         tokens=passage.tokens,
         memory_tokens=len(memory),
         rate=round(passage.tokens / len(memory), 3),

@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from core.config import Mode
+from core.policy import Policy, Reason, RequestMode, Shown
 from service.embeddings_codec import Dtype, Encoding
+from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
 
 
 def _check_text(text: str) -> str:
@@ -108,7 +109,9 @@ AnswerPassages = Annotated[
 ]
 Timeout = Annotated[float, Field(gt=0, allow_inf_nan=False, description="deadline of this request in seconds")]
 Rate = Annotated[int, Field(ge=1, description="compression rate: one of the checkpoint's; unset: its first")]
-Explain = Annotated[bool, Field(description="also say which words each memory embedding came from")]
+Explain = Annotated[
+    bool, Field(description="also say which words each memory embedding came from, and what each mode would have cost")
+]
 
 
 class CompressRequest(Strict):
@@ -140,8 +143,14 @@ class AnswerRequest(Strict):
 
     query: FilledText = Field(examples=[QUERY])
     passages: AnswerPassages = Field(examples=[[TEXT, {"id": "b", "title": "Butter", "text": "It melts at 32 °C."}]])
-    mode: Mode = Field(default="compressed", description="how passages reach the generator; hybrid: the best as text")
-    hybrid_top: Annotated[int, Field(ge=1)] | None = Field(default=None, description="passages hybrid shows as text")
+    mode: RequestMode | None = Field(
+        default=None,
+        description="how passages reach the generator. hybrid: the best as text; auto: each as relevance, costs and"
+        " max_prompt_tokens have it. Unset: auto under max_prompt_tokens, else compressed",
+    )
+    hybrid_top: HybridTop | None = None
+    max_prompt_tokens: MaxPromptTokens | None = None
+    min_relevance: MinRelevance = 0.0
     rate: Rate | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=100), Finite] = Field(
@@ -156,6 +165,12 @@ class AnswerRequest(Strict):
     stream: bool = Field(default=False, description="server-sent events: passages, token..., done")
     explain: Explain = False
     timeout: Timeout | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """How the caller wants passages to be shown."""
+        mode = self.mode or ("compressed" if self.max_prompt_tokens is None else "auto")
+        return Policy(mode, self.hybrid_top, self.max_prompt_tokens, self.min_relevance)
 
 
 class EvidenceSpan(BaseModel):
@@ -243,8 +258,13 @@ class AnsweredPassage(BaseModel):
 
     index: int
     id: str | None
-    relevance: float
-    mode: Literal["compressed", "text"]
+    relevance: float | None = Field(description="null where auto shows a passage as text without scoring it")
+    mode: Shown
+    reason: Reason = Field(
+        description="why: asked, most_relevant, relevant (enough for text, and it fits), pays, no_gain (compressing it"
+        " would not pay), no_text (only its embeddings are known), over_budget, below_min_relevance"
+    )
+    tokens: int = Field(description="of the prompt, its number left out; 0 where dropped")
     evidence: Evidence = None
 
 
@@ -271,6 +291,7 @@ class AnswerResponse(BaseModel):
     finish_reason: Literal["stop", "length"]
     passages: list[AnsweredPassage]
     answerable: Answerable | None = Field(description="null where the checkpoint has no calibrated threshold")
+    plan: PlanOut
     usage: Usage
     timings_ms: Timings
     checkpoint: str

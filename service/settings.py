@@ -95,6 +95,15 @@ class Settings(BaseSettings):
     max_requests: Count = Field(default=256, description="requests in the service at one time")
     max_tokens_in_flight: Count = Field(default=262_144, description="tokens of all admitted requests together")
     overload_status: Literal[429, 503] = Field(default=429, description="status of a request there is no room for")
+    compressor_token_us: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="microseconds a token costs the compressor, for mode auto"
+    )
+    prefill_token_us: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="microseconds a prompt token costs the generator; unless both are set, they are measured at start",
+    )
     batch_tokens: Count = Field(default=4096, description="tokens of one compression batch, padding included")
     batch_wait_ms: float = Field(
         default=2, ge=0, le=100, description="how long an idle worker waits for company, in ms"

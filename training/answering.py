@@ -17,11 +17,12 @@ from core.pipeline import (
     CompressedPassage,
     PreparedRequest,
     build_prompt,
-    choose_modes,
     compress,
     passage_text_ids,
     prepare,
 )
+from core.planning import choose_modes
+from core.policy import Policy
 from core.prompts import Block, Prompt
 from core.sampling import GenerationOptions
 from training.metrics import best_over_references, exact_match, rouge_l, substring_accuracy, survival, token_f1
@@ -91,7 +92,12 @@ def generate_batch(
             prompts = [_text_prompt(model, request) for request in requests]
         else:
             prompts = [
-                build_prompt(model, request, passages, choose_modes(model, passages, setting.mode))
+                build_prompt(
+                    model,
+                    request,
+                    passages,
+                    [c.mode for c in choose_modes(model, request, passages, Policy(setting.mode))],
+                )
                 for request, passages in zip(requests, compressed, strict=True)
             ]
     room = max(prompt.tokens for prompt in prompts) + options.max_new_tokens

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.config import Mode
-from core.decoding import DecodeBatch
+from core.decoding import DecodeBatch, read_prefix
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import build_prompt, choose_modes, compress, prepare
+from core.pipeline import build_prompt, compress, prepare
+from core.planning import choose_modes
+from core.policy import Policy
 from core.prompts import Prompt
 from core.sampling import GenerationOptions
 
@@ -23,7 +25,8 @@ def answer_directly(
 ) -> tuple[float, list[list[int]]]:
     """Seconds for all bodies, and the tokens of each answer; the sizes are those of the service's settings."""
     waiting = list(reversed(bodies))
-    batch = DecodeBatch(model.generator, min(clients, max_sequences), model.generator.max_tokens)
+    prefix = read_prefix(model.generator, model.template.prefix)
+    batch = DecodeBatch(model.generator, min(clients, max_sequences), model.generator.max_tokens, prefix)
     sequences = []
     began = time.perf_counter()
     while waiting or batch.live:
@@ -42,5 +45,6 @@ def _prompts(model: Model, bodies: Sequence[Body], batch_tokens: int) -> list[Pr
     prompts = []
     for body, request, passages in zip(bodies, requests, compressed, strict=True):
         mode: Mode = body["mode"]
-        prompts.append(build_prompt(model, request, passages, choose_modes(model, passages, mode)))
+        choices = choose_modes(model, request, passages, Policy(mode))
+        prompts.append(build_prompt(model, request, passages, [choice.mode for choice in choices]))
     return prompts

@@ -17,10 +17,13 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from core.config import Mode
 from core.costs import Stages
-from core.decoding import DecodeBatch
+from core.decoding import DecodeBatch, read_prefix
 from core.errors import TooLargeError
+from core.kv_slots import Prefix
 from core.model import Model
-from core.pipeline import PreparedRequest, build_prompt, choose_modes, compress, passage_text_ids, prepare
+from core.pipeline import PreparedRequest, build_prompt, compress, passage_text_ids, prepare
+from core.planning import choose_modes
+from core.policy import Policy
 from core.prompts import Block, Prompt
 from core.sampling import GenerationOptions
 from core.tokenization import encode
@@ -91,6 +94,7 @@ class _EnterDecode(StoppingCriteria):
 
 def run_engine(model: Model, questions: Sequence[Question], new_tokens: int, stages: Stages, *, mode: Mode) -> Work:
     """Our engine. In `text` mode the compressor does not run, since nothing needs it."""
+    prefix = read_prefix(model.generator, model.template.prefix)  # not timed: a service reads it once
     stages.enter("prepare")
     requests = [prepare(model, question.query, question.passages) for question in questions]
     if mode == "text":
@@ -101,11 +105,13 @@ def run_engine(model: Model, questions: Sequence[Question], new_tokens: int, sta
         compressed = compress(model, requests)
         stages.enter("prompt")
         prompts = [
-            build_prompt(model, request, passages, choose_modes(model, passages, mode))
+            build_prompt(
+                model, request, passages, [c.mode for c in choose_modes(model, request, passages, Policy(mode))]
+            )
             for request, passages in zip(requests, compressed, strict=True)
         ]
     stages.enter("prefill")
-    sequences = write_answers(model, prompts, new_tokens, stages)
+    sequences = write_answers(model, prompts, new_tokens, stages, prefix)
     stages.end()
     return Work([prompt.tokens for prompt in prompts], sequences)
 
@@ -114,11 +120,13 @@ def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
     return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
-def write_answers(model: Model, prompts: Sequence[Prompt], new_tokens: int, stages: Stages) -> list[list[int]]:
+def write_answers(
+    model: Model, prompts: Sequence[Prompt], new_tokens: int, stages: Stages, prefix: Prefix | None = None
+) -> list[list[int]]:
     """Prefill all prompts as one batch, then decode it; enters `decode` once the first tokens are there."""
     longest = max(prompt.tokens for prompt in prompts)
     _require_room(model, longest, new_tokens)
-    batch = DecodeBatch(model.generator, len(prompts), longest + new_tokens)
+    batch = DecodeBatch(model.generator, len(prompts), longest + new_tokens, prefix)
     sequences = batch.add(prompts, [GenerationOptions(max_new_tokens=new_tokens)] * len(prompts))
     batch.step()  # chooses from the prefill's logits: no forward pass yet
     stages.enter("decode")

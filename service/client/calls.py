@@ -45,6 +45,8 @@ class AnswerOptions(TypedDict, total=False):
 
     mode: Mode
     hybrid_top: int
+    max_prompt_tokens: int
+    min_relevance: float
     rate: int
     max_new_tokens: int
     temperature: float

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["compressed", "hybrid", "text"]
+Mode = Literal["compressed", "hybrid", "text", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,18 @@ Evidence = tuple[tuple[EvidenceSpan, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class AnsweredPassage:
-    """A passage of an answer: its relevance in 0..1 and how the generator saw it."""
+    """A passage of an answer: its relevance in 0..1, None where it was not scored, and how the generator saw it.
+
+    reason  why it was shown so, as the service's API names it; tokens: what it took of the prompt
+    """
 
     index: int
     id: str | None
-    relevance: float
-    mode: Literal["compressed", "text"]
+    relevance: float | None
+    mode: Literal["compressed", "text", "dropped"]
     evidence: Evidence | None = None
+    reason: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,20 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """How the request as a whole was served: what its passages' modes amount to, why, and at which rate.
+
+    estimates_ms    from compression to the first token, for all as `text`, all `compressed`, and `hybrid`
+    """
+
+    mode: Literal["compressed", "text", "hybrid"] | None
+    reason: str
+    rate: int
+    max_prompt_tokens: int | None = None
+    estimates_ms: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer; its passages in the order they were given."""
 
@@ -100,6 +119,7 @@ class Answer:
     usage: Usage
     timings_ms: dict[str, float]
     checkpoint: str
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)

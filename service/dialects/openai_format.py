@@ -14,6 +14,7 @@ from service.dialects.openai_schemas import (
     ChatResponse,
     CompletionResponse,
     CompletionUsage,
+    Passages,
     TextChoice,
 )
 from service.schemas import AnsweredPassage, AnswerResponse
@@ -47,7 +48,7 @@ class ChatFormat:
 
     def ending(self, response: AnswerResponse) -> bytes:
         """Why it ended, the usage if it is wanted, and the end of the stream."""
-        return self._choice({"delta": {}}, response.finish_reason) + self._usage(response) + DONE
+        return self._last({"delta": {}}, response)
 
     def failure(self, content: Mapping[str, Any]) -> bytes:
         """The error, which OpenAI's client raises, and the end of the stream."""
@@ -63,16 +64,19 @@ class ChatFormat:
             choices=[choice],
             usage=usage_of(response),
             system_fingerprint=response.checkpoint,
+            scaledown=passages_of(response),
         )
         return made.model_dump_json().encode()
 
-    def _choice(self, said: Mapping[str, Any], finish_reason: str | None = None) -> bytes:
-        return self._chunk([{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}])
+    def _choice(self, said: Mapping[str, Any], finish_reason: str | None = None, **own: Any) -> bytes:
+        return self._chunk([{"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}], **own)
 
-    def _usage(self, response: AnswerResponse) -> bytes:
-        return self._chunk([], usage_of(response).model_dump()) if self.usage_wanted else b""
+    def _last(self, said: Mapping[str, Any], response: AnswerResponse) -> bytes:
+        ended = self._choice(said, response.finish_reason, scaledown=passages_of(response).model_dump())
+        usage = self._chunk([], usage_of(response).model_dump()) if self.usage_wanted else b""
+        return ended + usage + DONE
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: Mapping[str, int] | None = None) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], usage: Mapping[str, int] | None = None, **own: Any) -> bytes:
         chunk = {
             "id": self.id,
             "object": self.kind,
@@ -80,6 +84,7 @@ class ChatFormat:
             "model": self.checkpoint,
             "system_fingerprint": self.checkpoint,
             "choices": choices,
+            **own,
         }
         # With include_usage every chunk has the field, and all but the last have null in it.
         return _data({**chunk, "usage": usage} if self.usage_wanted else chunk)
@@ -108,7 +113,12 @@ class TextFormat(ChatFormat):
 
     def ending(self, response: AnswerResponse) -> bytes:
         """Why it ended, the usage if it is wanted, and the end of the stream."""
-        return self._choice({"text": ""}, response.finish_reason) + self._usage(response) + DONE
+        return self._last({"text": ""}, response)
+
+
+def passages_of(response: AnswerResponse) -> Passages:
+    """What became of each document."""
+    return Passages(passages=response.passages, plan=response.plan)
 
 
 def usage_of(response: AnswerResponse) -> CompletionUsage:

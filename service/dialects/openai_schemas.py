@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from core.config import Mode
-from service.schemas import QUERY, TEXT, FilledText, Finite, Identifier, Rate, Strict, Text, Timeout
+from core.policy import RequestMode
+from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
+from service.schemas import QUERY, TEXT, AnsweredPassage, FilledText, Finite, Identifier, Rate, Strict, Text, Timeout
 
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
 ALIAS = "scaledown"
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "stream", "timeout")
+SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance")
 Zero = Annotated[float, Field(ge=0, le=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -108,9 +111,11 @@ class Generation(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    mode: Mode | None = Field(default=None, description="how documents reach the generator")
+    mode: RequestMode | None = Field(default=None, description="how documents reach the generator, as in /answer")
     rate: Rate | None = None
-    hybrid_top: Annotated[int, Field(ge=1)] | None = None
+    hybrid_top: HybridTop | None = None
+    max_prompt_tokens: MaxPromptTokens | None = None
+    min_relevance: MinRelevance | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     timeout: Timeout | None = None
 
@@ -122,8 +127,7 @@ class Generation(Strict):
 
     def options(self) -> dict[str, Any]:
         """What was given of the service's own options, by its own names."""
-        names = ("temperature", "top_p", "top_k", "seed", "mode", "rate", "hybrid_top", "timeout", "stream")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in SAMPLING + SHOWING if (value := getattr(self, name)) is not None}
         if self.max_tokens is not None:
             given["max_new_tokens"] = self.max_tokens
         if self.stop is not None:
@@ -196,6 +200,13 @@ class CompletionUsage(BaseModel):
     tokens_saved: int
 
 
+class Passages(BaseModel):
+    """The service's own part of a response: what became of each document, in the caller's order, and why."""
+
+    passages: list[AnsweredPassage]
+    plan: PlanOut
+
+
 class AnswerMessage(BaseModel):
     """The answer."""
 
@@ -223,6 +234,7 @@ class ChatResponse(BaseModel):
     choices: list[ChatChoice]
     usage: CompletionUsage
     system_fingerprint: str
+    scaledown: Passages
 
 
 class TextChoice(BaseModel):
@@ -244,6 +256,7 @@ class CompletionResponse(BaseModel):
     choices: list[TextChoice]
     usage: CompletionUsage
     system_fingerprint: str
+    scaledown: Passages
 
 
 class ModelCard(BaseModel):

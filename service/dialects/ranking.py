@@ -21,4 +21,4 @@ def ranked(compressed: Compressed, top_n: int | None = None, *, raw: bool = Fals
 
 
 def _score(passage: CompressedPassage, raw: bool) -> float:
-    return max(chunk.score for chunk in passage.chunks) if raw else passage.relevance
+    return passage.score if raw else passage.relevance or 0.0

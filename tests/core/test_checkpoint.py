@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from core.answer import Answer, answer
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import GeneratorConfig
 from core.errors import BaseModelError, CheckpointError
@@ -22,7 +23,6 @@ from core.golden import read_golden, record_golden, verify_golden, write_golden
 from core.manifest import MANIFEST
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import Answer, answer
 from core.sampling import GenerationOptions
 from tests.tiny_checkpoints import LORA, edit_json, edit_tensors, make_config, random_adapter
 

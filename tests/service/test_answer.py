@@ -3,10 +3,10 @@
 import httpx
 import pytest
 
+from core.answer import answer as pipeline_answer
 from core.config import Mode
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import answer as pipeline_answer
 from core.sampling import GenerationOptions
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
 from tests.service.conftest import Serve

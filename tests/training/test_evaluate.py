@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from core.answer import answer
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig, LoraConfig
 from core.errors import ConfigError, InputError
 from core.generator import adapter_shapes
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import answer, text_prompt_tokens
 from core.pipeline import prepare as prepare_request
+from core.pipeline import text_prompt_tokens
 from core.sampling import GenerationOptions
 from training.__main__ import main
 from training.answering import answer_batch

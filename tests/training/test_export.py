@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig, LoraConfig, dump_config
 from core.generator import adapter_shapes, merge_lora
 from core.golden import TOLERANCE
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import answer
 from core.sampling import GenerationOptions
 from training.__main__ import main
 

@@ -1,0 +1,39 @@
+"""What a request may ask of the policy, and what a response says of it. The rules are in `core/policy.py`."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from core.config import Mode
+from core.policy import PlanReason
+
+HybridTop = Annotated[int, Field(ge=1, description="passages hybrid shows as text")]
+MaxPromptTokens = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="bound on the generator's prompt, template included; the least relevant passages are dropped first",
+    ),
+]
+MinRelevance = Annotated[float, Field(ge=0, le=1, description="passages less relevant than this are dropped")]
+
+
+class EstimatesMs(BaseModel):
+    """Milliseconds from compression to the first token, by what a token costs here; hybrid: each as costs less."""
+
+    text: float
+    compressed: float
+    hybrid: float
+
+
+class PlanOut(BaseModel):
+    """How the request as a whole was served."""
+
+    mode: Mode | None = Field(description="what the passages' modes amount to; null where all were dropped")
+    reason: PlanReason = Field(
+        description="asked: by the request's mode; costs: measured costs decide what is compressed; relevance: all are"
+        " compressed, since relevance has to be known"
+    )
+    rate: int = Field(description="compression rate; auto takes a coarser one where the bound asks for it")
+    max_prompt_tokens: int | None
+    estimates_ms: EstimatesMs | None = Field(default=None, description="with explain, where costs are known")
