@@ -50,8 +50,9 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class EvidenceSpan:
-    """Characters `start` to `end` of the passage's text, and their share of one embedding's attention."""
+    """Characters `start` to `end` of the passage's title or text, and their share of one embedding's attention."""
 
+    field: Literal["title", "text"]
     start: int
     end: int
     weight: float
