@@ -7,7 +7,8 @@ with Client("http://127.0.0.1:8000") as client:
 
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
-from service.client.calls import Retry
+from service.client.calls import AnswerOptions, Passages, Retry
+from service.client.connection import Connection
 from service.client.errors import (
     AuthenticationError,
     DeadlineError,
@@ -32,12 +33,14 @@ from service.client.results import (
     RankedPassage,
     Ranking,
     Readiness,
+    StreamEvent,
     Token,
     Usage,
 )
 
 __all__ = [
     "Answer",
+    "AnswerOptions",
     "AnsweredPassage",
     "AsyncClient",
     "AuthenticationError",
@@ -45,6 +48,7 @@ __all__ = [
     "Client",
     "CompressedPassage",
     "Compression",
+    "Connection",
     "DeadlineError",
     "Done",
     "Embeddings",
@@ -52,6 +56,7 @@ __all__ = [
     "InvalidRequestError",
     "OverloadedError",
     "Passage",
+    "Passages",
     "PassagesRead",
     "ProtocolError",
     "RankedPassage",
@@ -60,6 +65,7 @@ __all__ = [
     "ResponseError",
     "Retry",
     "ServiceError",
+    "StreamEvent",
     "Token",
     "UnreachableError",
     "Usage",

@@ -19,6 +19,8 @@ def request_of(http: httpx.Client | httpx.AsyncClient, base_url: str, keys: Keys
 def unreachable(error: httpx.TransportError) -> UnreachableError:
     """What a failure of the connection means. One that failed to connect has sent nothing."""
     sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+    url = error.request.url
+    service = f"the service at {url.scheme}://{url.netloc.decode()}"
     if isinstance(error, httpx.TimeoutException):
-        return UnreachableError(f"the service did not answer in time ({type(error).__name__})", sent=sent)
-    return UnreachableError(f"the service cannot be reached: {error}", sent=sent)
+        return UnreachableError(f"{service} did not answer in time ({type(error).__name__})", sent=sent)
+    return UnreachableError(f"{service} cannot be reached: {error}", sent=sent)

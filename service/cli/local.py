@@ -1,0 +1,63 @@
+"""A service inside of this process, for one command: on a socket file that only this user can open."""
+
+import contextlib
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from transformers.utils.logging import disable_progress_bar
+
+from service.app import create_app
+from service.client import Client
+from service.loading import load_model
+from service.server import Server
+from service.settings import Settings
+
+START_SECONDS = 60
+
+
+class ThreadServer(Server):
+    """The service's server in a thread: only a process's main thread may listen for signals."""
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Start as usual."""
+        await uvicorn.Server.startup(self, sockets)
+
+
+@contextlib.contextmanager
+def local_client(checkpoint: Path) -> Iterator[Client]:
+    """A client of a service that serves `checkpoint` here until the block ends.
+
+    Everything is as it is with a service elsewhere, limits and SCALEDOWN_* settings included, but no key is asked for.
+    Raises CheckpointError, BaseModelError and ConfigError.
+    """
+    logging.getLogger("service").setLevel(logging.ERROR)
+    disable_progress_bar()
+    settings = Settings(checkpoint=checkpoint, api_keys=(), admin_key=None)
+    app = create_app(settings, load_model(settings))
+    server = ThreadServer(app, settings)
+    with tempfile.TemporaryDirectory(prefix="scaledown-") as folder:  # its mode is 0700
+        server.config.uds = f"{folder}/socket"
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            _wait(server, thread)
+            transport = httpx.HTTPTransport(uds=server.config.uds)
+            with Client("http://scaledown", http=httpx.Client(transport=transport, timeout=None)) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(START_SECONDS)
+
+
+def _wait(server: Server, thread: threading.Thread) -> None:
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the service in this process has ended before it began")
+        time.sleep(0.01)
