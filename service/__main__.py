@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from core.errors import ScaledownError
 from service.logs import configure_logging
 from service.settings import PREFIX, Settings, check_environment, explain
+from service.tracing import configured
 
 if TYPE_CHECKING:
     from service.checkpoints import CheckpointControl
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = sys.argv[1:] if arguments is None else arguments
     try:
         settings = read_settings(flags)
+        configured(settings)
     except (ValidationError, ScaledownError) as error:
         print(explain(error), file=sys.stderr)
         return 2

@@ -24,6 +24,7 @@ from service.errors import error_response, plain_response, validation_error
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, RequestContext
 from service.settings import Settings
+from service.tracing import open_tracing
 from service.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def create_app(
     """
     settings = settings or Settings()
     metrics = Metrics()
+    tracing = open_tracing(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,6 +66,8 @@ def create_app(
             for task in tasks:
                 task.cancel()
             await engine.stop()
+            if tracing is not None:
+                await tracing.close()
 
     app = FastAPI(
         title="ScaleDown",
@@ -89,7 +93,7 @@ def create_app(
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
     app.add_middleware(DialectErrors)
     paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
-    app.add_middleware(RequestContext, metrics=metrics, paths=paths)
+    app.add_middleware(RequestContext, metrics=metrics, paths=paths, tracing=tracing)
     return app
 
 

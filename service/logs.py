@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 _request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+_trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 
 
@@ -21,8 +22,13 @@ def set_request_id(request_id: str) -> None:
     _request_id.set(request_id)
 
 
+def set_trace_id(trace_id: str) -> None:
+    """Name the trace that the request of this task belongs to, for log lines."""
+    _trace_id.set(trace_id)
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, worker, request id, and whatever `extra=` carried."""
+    """One JSON object a line: time, level, logger, message, worker, request, trace, and whatever `extra=` carries."""
 
     def __init__(self, worker: int | None = None) -> None:
         super().__init__()
@@ -40,6 +46,8 @@ class JsonFormatter(logging.Formatter):
         }
         if current_request_id():
             line["request_id"] = current_request_id()
+        if _trace_id.get():
+            line["trace_id"] = _trace_id.get()
         line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

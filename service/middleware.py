@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,13 +17,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from core.errors import OverloadedError, TooLargeError
 from service.auth import KeyRing
 from service.errors import UnsupportedError, error_response, plain_response
-from service.logs import set_request_id
+from service.logs import set_request_id, set_trace_id
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tracing import Tracing
+
+if TYPE_CHECKING:
+    from service.session import Session
 
 log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 JSON_PART = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -33,12 +39,13 @@ SECURITY_HEADERS = {
 
 
 class RequestContext:
-    """Names each request, adds the security headers, writes one log line and two metrics, and hides what failed."""
+    """Names each request, adds the security headers, writes log line, metrics and trace, and hides what failed."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str], tracing: Tracing | None = None) -> None:
         self.app = app
         self.metrics = metrics
         self.paths = paths
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -49,6 +56,10 @@ class RequestContext:
         request_id = offered if REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
         set_request_id(request_id)
         began, status = time.perf_counter(), 0
+        route = scope["path"] if scope["path"] in self.paths else "other"  # a caller's path is no metric's label
+        span = self.tracing.begin(scope) if self.tracing is not None and route not in QUIET else None
+        if span is not None:
+            set_trace_id(span.trace_id)
 
         async def send_named(message: Message) -> None:
             nonlocal status
@@ -67,17 +78,18 @@ class RequestContext:
             if not status:
                 await error_response(error)(scope, receive, send_named)
         finally:
-            self._note(scope, status, time.perf_counter() - began)
+            session = scope.get("state", {}).get("session")
+            self._note(route, status, time.perf_counter() - began, session)
+            if span is not None:
+                span.end(scope["method"], route, status, request_id, session)
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope["path"] if scope["path"] in self.paths else "other"  # a caller's path is no metric's label
+    def _note(self, route: str, status: int, seconds: float, session: "Session | None") -> None:
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
-        quiet = route in ("/livez", "/readyz", "/metrics")
         extra = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}
-        if "checkpoint" in scope.get("state", {}):
-            extra["checkpoint"] = scope["state"]["checkpoint"]
-        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=extra)
+        if session is not None:
+            extra["checkpoint"] = session.version.model.name
+        log.log(logging.DEBUG if route in QUIET else logging.INFO, "request", extra=extra)
 
 
 class Authentication:

@@ -10,7 +10,6 @@ from core.pipeline import CompressedPassage, rerank
 from core.policy import overall
 from service.embedding_store import StoredPassage
 from service.embeddings_codec import encode_embeddings
-from service.engine import Session
 from service.evidence import passages_evidence
 from service.jobs import Compressed, Finished
 from service.policy_schemas import EstimatesMs, PlanOut
@@ -29,6 +28,7 @@ from service.schemas import (
     RerankResponse,
     Usage,
 )
+from service.session import Session
 
 NO_EVIDENCE: Mapping[int, Evidence] = {}
 

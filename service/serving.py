@@ -9,11 +9,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from core.errors import CancelledError
-from service.engine import Engine, Session
+from service.engine import Engine
 from service.jobs import Compressed
 from service.limits import AnyRequest
 from service.responses import NO_EVIDENCE, answer_response, evidence_of, record_response
 from service.schemas import AnswerRequest, Evidence, RerankRequest
+from service.session import Session
 from service.streaming import AnswerFormat, AnswerStream, until_disconnect
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ ThisEngine = Annotated[Engine, Depends(engine_of)]
 async def open_session(request: Request, engine: Engine, body: AnyRequest) -> Session:
     """Admit a request. The caller must close the session."""
     session = await engine.open(body)
-    request.state.checkpoint = session.version.model.name  # for the log line
+    request.state.session = session  # for the log line and the trace
     return session
 
 

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.engine import Session
 from service.errors import error_content
 from service.jobs import Compressed, Delta, Finished
 from service.responses import answer_response, answered_passages, record_response
 from service.schemas import AnsweredPassage, AnswerResponse, Evidence
+from service.session import Session
 
 log = logging.getLogger(__name__)
 

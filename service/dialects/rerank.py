@@ -28,9 +28,9 @@ from service.dialects.rerank_schemas import (
     JinaResponse,
     JinaUsage,
 )
-from service.engine import Session
 from service.jobs import Compressed
 from service.serving import ThisEngine, serve_ranking
+from service.session import Session
 
 router = APIRouter(tags=["rerank dialects"])
 JINA_ERRORS: dict[int | str, dict[str, Any]] = {

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, RootModel, Tag
 
 from service.dialects.ranking import ranked
-from service.engine import Session
 from service.jobs import Compressed
 from service.schemas import QUERY, TEXT, FilledText, RerankRequest, Strict
+from service.session import Session
 
 
 class TeiRequest(Strict):
