@@ -64,7 +64,7 @@ def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
     server = InThread(app, make_settings())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < deadline, "the server took too long to start"
