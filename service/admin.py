@@ -6,19 +6,11 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
 from service.checkpoints import CheckpointControl, checkpoint_root
-from service.errors import ErrorResponse
+from service.errors import WITH_BODY, documented
 from service.schemas import Strict
 from service.versions import available_under
 
-router = APIRouter(
-    prefix="/admin",
-    responses={
-        401: {"model": ErrorResponse, "description": "no key"},
-        403: {"model": ErrorResponse, "description": "not the admin key"},
-        409: {"model": ErrorResponse, "description": "the checkpoint is refused, and nothing has changed"},
-        422: {"model": ErrorResponse, "description": "a value is wrong"},
-    },
-)
+router = APIRouter(prefix="/admin", responses=documented(*WITH_BODY, 404, 409))
 
 
 class CheckpointAction(Strict):

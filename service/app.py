@@ -20,7 +20,7 @@ from service.checkpoints import CheckpointControl, Checkpoints
 from service.dialects import openai, rerank
 from service.dialects.errors import DialectErrors
 from service.engine import Engine
-from service.errors import error_response, plain_response, validation_error
+from service.errors import error_body, error_response, plain_response, validation_error
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, RequestContext
 from service.settings import Settings
@@ -132,5 +132,11 @@ def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
+        if (
+            error.status_code == 400
+        ):  # FastAPI's word for what its parser could not read, such as bytes that are no text
+            return counted(
+                JSONResponse(error_body("invalid_json", "the body is not JSON", "body"), 422), "invalid_json"
+            )
         message = MESSAGES.get(error.status_code, str(error.detail))
         return counted(plain_response(error.status_code, message, error.headers), f"http_{error.status_code}")

@@ -86,6 +86,28 @@ STATUS_CODES = {
 }
 
 
+DESCRIPTIONS = {
+    401: "no key",
+    403: "a key that is not valid",
+    404: "there is nothing of this name",
+    408: "the body came too slowly",
+    409: "the checkpoint is refused, and nothing has changed",
+    413: "over a limit, which `limit` gives",
+    415: "not application/json",
+    422: "a value is wrong; `field` says which",
+    429: "no room now; see Retry-After",
+    500: "the service failed",
+    503: "not ready, or shutting down",
+    504: "the deadline passed",
+}
+WITH_BODY = (401, 403, 408, 413, 415, 422, 429, 500, 503)  # what any path may answer to a body
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error responses of an operation, for the OpenAPI document."""
+    return {status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in sorted(statuses)}
+
+
 def error_body(code: str, message: str, field: str | None = None, limit: int | None = None) -> dict[str, Any]:
     """The one JSON shape of an error."""
     detail = {"code": code, "message": message, "field": field, "limit": limit, "request_id": current_request_id()}

@@ -4,9 +4,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from core.errors import EngineError
 from service.engine import Engine
@@ -15,12 +16,13 @@ from service.metrics import STAGES
 
 log = logging.getLogger(__name__)
 router = APIRouter()
+NOT_NOW: dict[int | str, dict[str, Any]] = {503: {"description": "no, and `status` says why"}}
 CHECK_SECONDS = 0.5
 # Between failing the requests and leaving: time for their responses to reach the clients.
 GOODBYE_SECONDS = 1.0
 
 
-@router.get("/livez")
+@router.get("/livez", responses=NOT_NOW)
 async def livez(request: Request) -> Response:
     """200 while the process can do work; 503 when its worker is dead or stuck, and a restart is due."""
     engine: Engine = request.app.state.engine
@@ -28,7 +30,7 @@ async def livez(request: Request) -> Response:
     return JSONResponse({"status": trouble or "alive"}, 503 if trouble else 200)
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=NOT_NOW)
 async def readyz(request: Request) -> Response:
     """200 once the model is loaded and warm, and as long as requests are taken; else 503 and the reason."""
     engine: Engine = request.app.state.engine
@@ -42,7 +44,7 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready", "checkpoint": model.name, "trained": model.config.trained})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     engine: Engine = request.app.state.engine

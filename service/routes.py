@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from service.dialects.errors import choose_rerank_dialect
+from service.dialects.errors import TeiErrorResponse, choose_rerank_dialect
 from service.dialects.tei import RerankBody, TeiRequest, TeiResponse, tei_response
-from service.errors import ErrorResponse
+from service.errors import WITH_BODY, ErrorResponse, documented
 from service.responses import compress_response, rerank_response
 from service.schemas import AnswerRequest, AnswerResponse, CompressRequest, CompressResponse, RerankResponse
 from service.serving import (
@@ -22,17 +22,9 @@ from service.serving import (
 )
 from service.streaming import Events
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorResponse, "description": "no key"},
-    403: {"model": ErrorResponse, "description": "a key that is not valid"},
-    408: {"model": ErrorResponse, "description": "the body came too slowly"},
-    413: {"model": ErrorResponse, "description": "over a limit, which `limit` gives"},
-    415: {"model": ErrorResponse, "description": "not application/json"},
-    422: {"model": ErrorResponse, "description": "a value is wrong; `field` says which"},
-    429: {"model": ErrorResponse, "description": "no room now; see Retry-After"},
-    500: {"model": ErrorResponse, "description": "the service failed"},
-    503: {"model": ErrorResponse, "description": "not ready, or shutting down"},
-    504: {"model": ErrorResponse, "description": "the deadline passed"},
+TEI_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: {"model": ErrorResponse | TeiErrorResponse} for status in (*WITH_BODY, 504)},
+    424: {"model": TeiErrorResponse, "description": "the service failed, as TEI says it"},
 }
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
@@ -45,7 +37,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-router = APIRouter(responses=ERRORS)
+router = APIRouter(responses=documented(*WITH_BODY, 504))
 
 
 @router.post("/compress", response_model=CompressResponse)
@@ -60,7 +52,12 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
         )
 
 
-@router.post("/rerank", response_model=RerankResponse | TeiResponse, dependencies=[Depends(choose_rerank_dialect)])
+@router.post(
+    "/rerank",
+    response_model=RerankResponse | TeiResponse,
+    responses=TEI_ERRORS,
+    dependencies=[Depends(choose_rerank_dialect)],
+)
 async def rerank(body: RerankBody, request: Request, engine: ThisEngine) -> Response:
     """Score passages for a query, best first. With `texts` in place of `passages`: as TEI's /rerank does."""
     if isinstance(body, TeiRequest):

@@ -47,6 +47,13 @@ class CohereErrorResponse(BaseModel):
     message: str
 
 
+class TeiErrorResponse(BaseModel):
+    """TEI's error."""
+
+    error: str
+    error_type: str
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How errors are said: `write` makes the body, `statuses` and `fields` translate what differs."""
