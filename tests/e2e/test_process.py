@@ -59,7 +59,7 @@ def running(checkpoint: Path, **values: str) -> Iterator[tuple[subprocess.Popen[
     reader.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 180
             while True:
                 assert process.poll() is None, "".join(log)
                 assert time.monotonic() < end, "".join(log)

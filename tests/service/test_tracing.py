@@ -93,7 +93,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[CollectorDouble]:
 @contextlib.contextmanager
 def log_lines() -> Iterator[list[dict[str, Any]]]:
     """The log lines of the service, as the command would write them."""
-    stream, lines = io.StringIO(), []
+    stream = io.StringIO()
+    lines: list[dict[str, Any]] = []
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logger = logging.getLogger("service")
