@@ -173,7 +173,9 @@ def _read(nodes: Sequence[NodeWithScore], event: StreamEvent) -> list[NodeWithSc
 
 
 def _scored(nodes: Sequence[NodeWithScore], passages: Sequence[AnsweredPassage]) -> list[NodeWithScore]:
-    return [NodeWithScore(node=nodes[each.index].node, score=each.relevance) for each in passages]
+    """What the answer was read from."""
+    read = (each for each in passages if each.mode != "dropped")
+    return [NodeWithScore(node=nodes[each.index].node, score=each.relevance) for each in read]
 
 
 def _metadata(answer: Answer) -> dict[str, Any]:
