@@ -1,9 +1,11 @@
 """Checkpoints: what is saved is what is loaded, and nothing else is."""
 
+import gc
 import hashlib
 import json
 import resource
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -208,3 +210,15 @@ def test_a_golden_example_is_read_as_it_was_written(saved: Path, tmp_path: Path)
     again = read_golden(tmp_path, model.generator.hidden_size)
     assert again.example == golden.example
     assert all(torch.equal(again.outputs[name], value) for name, value in golden.outputs.items())
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once(saved: Path) -> None:
+    """The service freezes what the garbage collector looks at: an unloaded version must not need it."""
+    model = load_checkpoint(saved)
+    held = [weakref.ref(part) for part in (model, model.generator.model, model.compressor.backbone)]
+    gc.disable()
+    try:
+        del model
+        assert [part() for part in held] == [None, None, None]
+    finally:
+        gc.enable()
