@@ -1,0 +1,104 @@
+"""From costs and a traffic to replicas, memory and money, and the same for text mode. Closed form, no simulation.
+
+At saturation a replica's worker does one thing after the other, so an answer costs the sum of its stages, its decode
+steps shared by all answers that run together.
+"""
+
+import math
+from dataclasses import dataclass
+
+from core.config import Mode
+from service.sizing.costs import Costs
+from service.sizing.simulation import Limits, Traffic
+
+HOURS_PER_S = 1 / 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one replica's machine costs, in US dollars an hour, and who says so."""
+
+    name: str
+    per_hour: float
+    source: str
+
+
+# Not of the machine that was measured, which has no public price: of machines with as many cores, to have an order of
+# magnitude. `--price` takes the real one.
+PRICES = {
+    "m7g.large": Price(
+        "m7g.large (2 vCPU, Arm)", 0.0816, "AWS on-demand, Linux, us-east-1, June 2026, by factualminds.com, 2026-06-17"
+    ),
+    "g5.xlarge": Price(
+        "g5.xlarge (4 vCPU, A10G)", 1.006, "AWS on-demand, Linux, us-east-1, June 2026, by factualminds.com, 2026-06-17"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one way to answer needs for a rate of requests.
+
+    sequences       answers that a replica writes at a time, when it is saturated
+    work_s          of one answer: a replica's time
+    stages_s        the same by stage
+    capacity        answers a second of one replica, saturated
+    replicas        so that each is busy for `utilisation` of its time
+    alone_s         latency of a request that meets nobody
+    memory_bytes    of one replica
+    cost_per_million   US dollars for a million answers at this rate
+    """
+
+    mode: Mode
+    prompt_tokens: int
+    sequences: int
+    stages_s: dict[str, float]
+    capacity: float
+    replicas: int
+    utilisation: float
+    alone_s: float
+    memory_bytes: int
+    cost_per_million: float
+
+    @property
+    def work_s(self) -> float:
+        """Of one answer."""
+        return sum(self.stages_s.values())
+
+
+def plan(costs: Costs, traffic: Traffic, limits: Limits, rate: float, busy: float, price: Price) -> Plan:
+    """Replicas for `rate` requests a second, none busier than `busy` (0..1) on average."""
+    sizes, mode = traffic.sizes, traffic.mode
+    prompt = costs.prompt_tokens(sizes, mode)
+    room = prompt + sizes.new_tokens
+    sequences = max(1, min(limits.max_sequences, limits.kv_tokens // room))
+    stages = _stages(costs, traffic, prompt, sequences)
+    alone = sum(_stages(costs, traffic, prompt, 1).values())
+    capacity = 1 / sum(stages.values())
+    replicas = max(1, math.ceil(rate / (capacity * busy)))
+    return Plan(
+        mode=mode,
+        prompt_tokens=prompt,
+        sequences=sequences,
+        stages_s=stages,
+        capacity=capacity,
+        replicas=replicas,
+        utilisation=rate / (replicas * capacity),
+        alone_s=alone,
+        memory_bytes=costs.memory_bytes(sequences, room),
+        cost_per_million=replicas * price.per_hour * HOURS_PER_S / rate * 1e6,
+    )
+
+
+def _stages(costs: Costs, traffic: Traffic, prompt: int, sequences: int) -> dict[str, float]:
+    """Of one answer among so many; a compression batch is shared by as many requests."""
+    sizes = traffic.sizes
+    positions = sizes.passages * costs.chunks(sizes) * costs.row_tokens(sizes)
+    steps = sizes.new_tokens - 1  # the first token comes with the prefill
+    context = prompt + sizes.new_tokens / 2
+    return {
+        "prepare": costs.prepare_s(sizes),
+        "compress": costs.compress_s(positions * sequences) / sequences if traffic.ranked else 0.0,
+        "prefill": costs.prefill_s([prompt]),
+        "decode": steps * costs.step_s(sequences, sequences * context) / sequences,
+    }
