@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from core.compressors import Compressor
 from core.config import LoraConfig
@@ -37,10 +38,19 @@ def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Paramete
     return parameters
 
 
+def whole_copy(value: Tensor) -> Tensor:
+    """A copy on the CPU. Of a sharded value every process must ask for one; the first alone gets what is in it."""
+    if not isinstance(value, DTensor):
+        return value.detach().cpu().clone()
+    with torch.no_grad():
+        whole: Tensor = value.full_tensor()
+    return whole.cpu().clone() if torch.distributed.get_rank() == 0 else whole.to("meta")
+
+
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
     """The adapters of `module` in peft's own naming (`base_model.model.<path>.lora_A.weight`), float32 on the CPU."""
     return {
-        ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): parameter.detach().float().cpu().clone()
+        ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): whole_copy(parameter).float()
         for name, parameter in module.named_parameters()
         if LORA_NAME.search(name)
     }
@@ -64,7 +74,7 @@ def load_adapter(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def compressor_state(compressor: Compressor, lora: LoraConfig | None) -> dict[str, Tensor]:
     """The compressor's weights, float32 on the CPU, adapters merged: what a checkpoint stores."""
-    state = {name: value.detach().float().cpu().clone() for name, value in compressor.state_dict().items()}
+    state = {name: whole_copy(value).float() for name, value in compressor.state_dict().items()}
     if lora is None:
         return state
     merged = {}

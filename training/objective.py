@@ -61,8 +61,10 @@ class Objective(nn.Module):
         return self
 
     def forward(self, examples: Sequence[TrainExample]) -> Parts:
-        """Sums of every part of the loss over `examples`."""
+        """Sums of every part of the loss over `examples`; nothing of none."""
         parts = Parts()
+        if not examples:
+            return parts
         with_text_only = all(example.mode == "text" for example in examples)
         by_relevance = self.model.config.prompt.passage_order == "relevance"
         compressed = None

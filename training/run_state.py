@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import dump_config
 from core.errors import CheckpointError
 from core.model import Model
-from training.adapters import adapter_state, compressor_state, load_adapter
+from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
 
 
@@ -77,8 +78,12 @@ def save_weights(
     progress: Progress,
     folder: Path,
     state: Mapping[str, Mapping[str, Tensor]] | None = None,
+    write: bool = True,
 ) -> None:
-    """Write `folder` (`best/` or `last/`); `state` holds the groups of tensors to go on from, by file name."""
+    """Write `folder` (`best/` or `last/`); `state` holds the groups of tensors to go on from, by file name.
+
+    Not `write`: only take part in gathering sharded weights for the process that writes.
+    """
     tensors: dict[str, Mapping[str, Tensor]] = {
         "compressor.safetensors": compressor_state(model.compressor, config.optimizer.compressor_lora)
     }
@@ -93,13 +98,14 @@ def save_weights(
     if state is not None:
         tensors |= state
         texts["progress.json"] = json.dumps(dataclasses.asdict(progress))
-    write_folder(folder, tensors, texts)
+    if write:
+        write_folder(folder, tensors, texts)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """AdamW's moments and step counts as named tensors."""
     return {
-        f"{key}/{name}": value.detach().cpu().clone()
+        f"{key}/{name}": whole_copy(value)
         for parameter, name in names.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -118,14 +124,22 @@ def restore_run(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[n
         raise CheckpointError(f"{folder} was trained with other settings; give a new run folder")
     with torch.no_grad():
         for parameter, name in names.items():
-            parameter.copy_(trainable[name])
-            keys = ("step", "exp_avg", "exp_avg_sq")
+            parameter.copy_(placed_like(parameter, trainable[name]))
             if f"step/{name}" in moments:
                 # AdamW keeps its step count on the CPU, the moments beside the parameter.
-                optimizer.state[parameter] = {
-                    key: moments[f"{key}/{name}"].to("cpu" if key == "step" else parameter.device) for key in keys
+                optimizer.state[parameter] = {"step": moments[f"step/{name}"]} | {
+                    key: placed_like(parameter, moments[f"{key}/{name}"]) for key in ("exp_avg", "exp_avg_sq")
                 }
     return progress
+
+
+def placed_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """`value` on the device of `parameter`, or the shards of it that this process has of a sharded one."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    # Every process has read the whole value, so none needs to be sent any.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def start_from(model: Model, folder: Path) -> None:

@@ -1,26 +1,55 @@
 """Where a run runs: device, precision and the other processes. The loop asks this and never which hardware it is on.
 
-Processes come from `accelerate launch` (CPU with gloo, CUDA with NCCL). Trainium is `training/trainium.py`.
+Processes come from `accelerate launch` (CPU with gloo, CUDA with NCCL). FSDP is `training/sharding.py`, Trainium is
+`training/trainium.py`.
 """
 
 import importlib
+import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from core.model import Model
+from training.batches import TrainExample
+
 DEVICES = ("auto", "trainium")
 
 
 class Runtime(Protocol):
-    """What the loop needs of its hardware."""
+    """What the loop needs of its hardware; what has a body here is what most need.
+
+    sharded  whether a process holds only a part of the weights: then all of them must take part in saving
+    """
 
     device: torch.device
     rank: int
     world: int
+    sharded: bool = False
+
+    def shard(self, model: Model) -> None:
+        """Split the weights over processes, once adapters are in place and before anything refers to parameters."""
+        return
+
+    def even(self, pieces: list[list[TrainExample]]) -> list[list[TrainExample]]:
+        """The micro-batches of a step, with empty ones where every process must have equally many."""
+        return pieces
+
+    def ties(self) -> list[Tensor]:
+        """Zeros to add to the loss of a micro-batch, where passes must be made that its loss does not need."""
+        return []
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, every process holds all weights."""
+        return nullcontext()
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], most: float) -> float:
+        """Scale gradients to a norm of at most `most`; returns the norm before."""
+        return float(nn.utils.clip_grad_norm_(list(parameters), most))
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """Lower precision for the forward pass; master weights stay float32."""
@@ -38,14 +67,15 @@ class Runtime(Protocol):
         """Return once every process is here."""
 
 
-class AccelerateRuntime:
+class AccelerateRuntime(Runtime):
     """CPU or CUDA, one process or many, as `accelerate launch` set them up."""
 
     def __init__(self) -> None:
-        self._state = PartialState()
-        self.device: torch.device = self._state.device
-        self.rank: int = self._state.process_index
-        self.world: int = self._state.num_processes
+        # Without an accelerator it must be told, or every process takes itself for the only one.
+        self._state = PartialState(cpu=not torch.accelerator.is_available())
+        self.device = self._state.device
+        self.rank = self._state.process_index
+        self.world = self._state.num_processes
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """bfloat16 autocast where `precision` is bf16."""
@@ -90,4 +120,8 @@ def choose_runtime(device: str) -> Runtime:
         # Imported here: it needs torch_xla, which only such machines have.
         runtime: Runtime = importlib.import_module("training.trainium").XlaRuntime()
         return runtime
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from training.sharding import ShardedRuntime  # it is built on this module
+
+        return ShardedRuntime()
     return AccelerateRuntime()

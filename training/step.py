@@ -44,10 +44,11 @@ def train_step(
     weights = loss_weights(config.loss)
     counts = runtime.sum_counts(count_targets(examples))
     sums = {f"sum_{name}": 0.0 for name in weights} | {"real": 0.0, "padded": 0.0, "pointed": 0.0}
-    for piece in micro_batches(objective.model, examples, config.loop.micro_batch_tokens):
+    for piece in runtime.even(micro_batches(objective.model, examples, config.loop.micro_batch_tokens)):
         with runtime.autocast(config.loop.precision):
             parts: Parts = objective(piece)
             losses = [weights[name] * loss / max(counts[name], 1) for name, loss in parts.losses.items()]
+            losses += runtime.ties()
         if losses and (total := torch.stack(losses).sum()).requires_grad:
             total.backward()
         for name, loss in parts.losses.items():
@@ -70,7 +71,7 @@ def update(
     Where that is not finite the step is left out: one bad batch must not spoil the weights.
     """
     runtime.sum_gradients(names)
-    norm = float(nn.utils.clip_grad_norm_(list(names), config.optimizer.clip_norm))
+    norm = runtime.clip_gradients(names, config.optimizer.clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     if norm - norm == 0.0:  # neither infinite nor not a number

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from core.model import Model
+from training.adapters import whole_copy
 from training.batches import plan_epoch
 from training.config import TrainConfig, dump_yaml, load_config
 from training.dev import dev_score
@@ -97,8 +98,8 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
                 keep_best(objective, task, config, folder, progress, log, runtime)
             exhausted = config.loop.patience is not None and progress.evaluations_since_best >= config.loop.patience
             ending = last or bool(shared["stop"]) or exhausted
-            if main and (ending or progress.step % config.loop.save_every == 0):
-                save_last(model, config, progress, folder, optimizer, names)
+            if (main or runtime.sharded) and (ending or progress.step % config.loop.save_every == 0):
+                save_last(model, config, progress, folder, optimizer, names, main)
             if ending:
                 break
     runtime.wait()
@@ -126,7 +127,7 @@ def keep_best(
     runtime: Runtime,
 ) -> None:
     """Evaluate on dev and write `best/` where this is the best so far."""
-    with runtime.autocast(config.loop.precision):
+    with runtime.autocast(config.loop.precision), runtime.gathered():
         scores = task.evaluate(objective)
     log.write(progress.step, "dev", scores)
     score = dev_score(scores)
@@ -134,8 +135,8 @@ def keep_best(
     progress.evaluations_since_best += 1
     if progress.best_score is None or score > progress.best_score:
         progress.best_score, progress.evaluations_since_best = score, 0
-        if runtime.rank == 0:
-            save_weights(objective.model, config, progress, folder / "best")
+        if runtime.rank == 0 or runtime.sharded:
+            save_weights(objective.model, config, progress, folder / "best", write=runtime.rank == 0)
 
 
 def save_last(
@@ -145,13 +146,14 @@ def save_last(
     folder: Path,
     optimizer: torch.optim.Optimizer,
     names: dict[nn.Parameter, str],
+    write: bool,
 ) -> None:
     """Write `last/`: all that is needed to go on."""
     state = {
-        "trainable.safetensors": {name: parameter.detach().cpu().clone() for parameter, name in names.items()},
+        "trainable.safetensors": {name: whole_copy(parameter) for parameter, name in names.items()},
         "optimizer.safetensors": optimizer_tensors(optimizer, names),
     }
-    save_weights(model, config, progress, folder / "last", state)
+    save_weights(model, config, progress, folder / "last", state, write)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +187,8 @@ def run_task(
     if runtime.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        how = ", layers sharded" if runtime.sharded else ""
+        tqdm.write(f"{runtime.world} process{'es' if runtime.world > 1 else ''} on {runtime.device}{how}")
     runtime.wait()
     progress = train(config, task, args.out, runtime)
     if runtime.rank == 0:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
+from training.runtime import Runtime
 
 try:
     import torch_xla  # type: ignore[import-not-found]  # in environments of its own only
@@ -21,7 +22,7 @@ except ImportError:
     torch_xla = None
 
 
-class XlaRuntime:
+class XlaRuntime(Runtime):
     """One XLA device a process; several processes as `torchrun` or `torch_xla.launch` set them up."""
 
     def __init__(self) -> None:
@@ -31,9 +32,9 @@ class XlaRuntime:
                 "--device trainium: torch_xla is not installed here; on a Trn instance use an environment of the "
                 "Neuron SDK (torch-neuronx), elsewhere torch==2.9.1 with torch-xla==2.9.0"
             )
-        self.device: torch.device = torch_xla.device()
-        self.rank: int = xr.global_ordinal()
-        self.world: int = xr.world_size()
+        self.device = torch_xla.device()
+        self.rank = xr.global_ordinal()
+        self.world = xr.world_size()
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """bfloat16 autocast where `precision` is bf16."""
