@@ -105,8 +105,9 @@ class PointerReadout(nn.Module):
         """Start distributions (B, W, G) -> weights of each window's slots (B, W * window, G): shifted copies."""
         size = starts.shape[-1]
         padded = functional.pad(starts, (self.window - 1 - self.lead, self.lead))  # (B, W, G + window - 1)
-        # Slice o of the unfolded tensor is shifted by window-1-lead-o, so the slices come last slot first.
-        shifted = padded.unfold(-1, size, 1).flip(2)  # (B, W, window, G)
+        # The slice from o on is shifted by window-1-lead-o, so the last one is the first slot's.
+        slices = [padded[..., first : first + size] for first in reversed(range(self.window))]
+        shifted = torch.stack(slices, dim=2)  # (B, W, window, G)
         return shifted.flatten(1, 2)  # (B, W * window, G)
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from core.answer import answer
 from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
+from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.config import Config, GeneratorConfig
-from core.errors import ConfigError
 from core.costs import measure_token_costs
+from core.errors import ConfigError
 from core.model import Model, build_model
 from core.passages import Passage
 from core.policy import TokenCosts

@@ -26,11 +26,25 @@ class EagerGraph:
 
     def replace_weights(self, state: Mapping[str, Tensor]) -> None:
         """Copy them into the module."""
-        self._graph.load_state_dict(state)
+        copy_weights(self._graph, state)
 
     def save(self, path: Path) -> None:
         """There is nothing to write. Raises ConfigError."""
         raise ConfigError("eager: has no compiled graphs")
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `module`. Raises ValueError unless it has all of its parameters, and nothing else.
+
+    Not load_state_dict: a trace also lists buffers that the module it was made of keeps to itself.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    missing = dict(module.named_parameters()).keys() - state.keys()
+    if missing or state.keys() - own.keys():
+        raise ValueError("these are not the weights of this graph")
+    for name, value in state.items():
+        own[name].copy_(value)
 
 
 class EagerAccelerator:
