@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from core.byte_lru import ByteLRU
+from core.compressors import NLayersCompressor
 from core.compressors.prefixes import Prefix, Recorder
 from core.config import Config
-from core.rows import ChunkRow, RowFormat
+from core.rows import ChunkRow
 
 PrefixKey = tuple[str, str]  # the version's namespace, sha256 of a row's first tokens
 PrefixMemory = ByteLRU[PrefixKey, Prefix]
@@ -39,21 +40,30 @@ class DocumentCache:
     """The chunks that one version knows.
 
     namespace   names the version; nothing is kept under it that another version made
+    compressor  reads the chunk first
     memory      may be shared by many versions, which then share its limit
     """
 
     def __init__(
-        self, namespace: str, row_format: RowFormat, memory: PrefixMemory, store: PrefixStore | None = None
+        self,
+        namespace: str,
+        compressor: NLayersCompressor,
+        memory: PrefixMemory,
+        store: PrefixStore | None = None,
     ) -> None:
         self.namespace = namespace
         self.memory = memory
-        self._format = row_format
+        self._compressor = compressor
         self._store = store
 
     def key(self, row: ChunkRow) -> PrefixKey:
         """Of what is kept for a row: the version and the tokens, nothing of the caller."""
-        ids = np.asarray(self._format.prefix(row), dtype="<i8")
+        ids = np.asarray(self._compressor.row_format.prefix(row), dtype="<i8")
         return self.namespace, hashlib.sha256(ids.tobytes()).hexdigest()
+
+    def like(self, row: ChunkRow) -> Prefix:
+        """Shape, type and size of what is kept for a row, without its numbers."""
+        return self._compressor.prefix_like(len(self._compressor.row_format.prefix(row)))
 
     def get(self, row: ChunkRow) -> Prefix | None:
         """What is known of a row's chunk."""
@@ -66,9 +76,8 @@ class DocumentCache:
         """
         host = torch.device("cpu")
         for i, row in enumerate(rows):
-            key, length = self.key(row), len(self._format.prefix(row))
-            make = partial(recorder.prefix, i, length, hidden, host)
-            kept = self.memory.put(key, recorder.nbytes(length, hidden), make)
+            key, like = self.key(row), self.like(row)
+            kept = self.memory.put(key, like.nbytes, partial(recorder.prefix, i, like.length, hidden, host))
             if kept is not None and self._store is not None:
                 self._store.put(key, kept)
 

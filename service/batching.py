@@ -37,10 +37,11 @@ class FairQueue(Generic[J, T]):
         return sum(len(items) for items in self._waiting.values())
 
     def add(self, job: J, items: Sequence[T], lengths: Sequence[int]) -> None:
-        """Queue the items of a new job, behind the turns of all others."""
-        longest_first = sorted(zip(items, lengths, strict=True), key=lambda pair: -pair[1])
+        """Queue items of a job, behind the turns of all others where it has none that wait."""
+        added = (Picked(job, item, length) for item, length in zip(items, lengths, strict=True))
+        longest_first = sorted((*self._waiting.get(job, ()), *added), key=lambda picked: -picked.length)
         if longest_first:
-            self._waiting[job] = deque(Picked(job, item, length) for item, length in longest_first)
+            self._waiting[job] = deque(longest_first)
 
     def remove(self, job: J) -> None:
         """Forget what is left of a job."""

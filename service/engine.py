@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from core.errors import ScaledownError
 from core.model import Model
 from service.admission import Gate
+from service.caches.engine_caches import EngineCaches
 from service.embedding_store import EmbeddingStore
 from service.errors import GeneratorUnavailableError, NotReadyError, StoppingError
 from service.generation.engine import GeneratorEngine
@@ -52,6 +53,7 @@ class Engine:
         self.metrics = metrics
         self.gate = Gate(settings.max_requests, settings.max_tokens_in_flight)
         self.store = EmbeddingStore(settings.store_bytes, metrics)
+        self.caches = EngineCaches(settings, metrics)
         self.pool = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self.worker = Worker(Outbox(asyncio.get_running_loop()), settings.batch_wait_ms / 1000)
         self.outbox = self.worker.outbox
@@ -73,7 +75,8 @@ class Engine:
             if self.server is None
             else VllmEngine(model, self.server, self.outbox, self.metrics)
         )
-        version = Version(Lane(model, self.settings, self.metrics, generator))
+        model = self.caches.attach(model)
+        version = Version(Lane(model, self.settings, self.metrics, generator, self.caches.shared_rows()))
         self.worker.open(version.lane)
         return version
 
@@ -152,4 +155,5 @@ class Engine:
         if self.server is not None:
             await self.server.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.caches.close()
         self.worker.stop(timeout=5)

@@ -41,7 +41,8 @@ async def readyz(request: Request) -> Response:
     if unwritten := engine.active.lane.generator.trouble:
         return JSONResponse({"status": unwritten}, 503, {"Retry-After": "5"})
     model = engine.active.model
-    return JSONResponse({"status": "ready", "checkpoint": model.name, "trained": model.config.trained})
+    state = {"status": "ready", "checkpoint": model.name, "trained": model.config.trained}
+    return JSONResponse(state | {"document_cache": engine.caches.no_documents(model) or "on"})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -58,6 +59,7 @@ def set_gauges(engine: Engine) -> None:
     shown.in_flight.set(engine.gate.requests)
     shown.reserved_tokens.set(engine.gate.tokens)
     shown.store_bytes.set(engine.store.size)
+    engine.caches.publish()
     for stage in STAGES:
         shown.in_stage.labels(stage).set(stages[stage])
 

@@ -13,6 +13,7 @@ from core.pipeline import build_prompt, compress_rows, gather
 from core.planning import choose_modes
 from core.rows import ChunkRow
 from service.batching import FairQueue, Picked
+from service.caches.embeddings import Place, SharedRows
 from service.failures import free_memory, shown
 from service.generation.engine import GeneratorEngine
 from service.jobs import Compressed, Failed, Finished, Job
@@ -27,13 +28,16 @@ PlacedRow = tuple[int, ChunkRow]
 class Lane:
     """The queue of one model's chunks, the jobs they belong to, and the engine that writes the answers."""
 
-    def __init__(self, model: Model, settings: Settings, metrics: Metrics, generator: GeneratorEngine) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, metrics: Metrics, generator: GeneratorEngine, shared: SharedRows
+    ) -> None:
         self.model = model
         self.generator = generator
         self._settings = settings
         self._metrics = metrics
         self._jobs: dict[Job, None] = {}  # those being compressed
         self._rows: FairQueue[Job, PlacedRow] = FairQueue()
+        self._shared = shared
 
     @property
     def jobs(self) -> int:
@@ -44,18 +48,23 @@ class Lane:
         """Take a job in; its first event is `Compressed` or `Failed`."""
         self._jobs[job] = None
         job.outstanding = len(job.rows)
-        lengths = [self.model.compressor.row_format.length(row) for row in job.rows]
-        self._rows.add(job, list(zip(job.places, job.rows, strict=True)), lengths)
-        if not job.rows:
+        places = [Place(job, index, row) for index, row in zip(job.places, job.rows, strict=True)]
+        self._queue([place for place in places if self._shared.ask(place)])
+        if not job.outstanding:
             job.mark("queue")
             self._gather(job)
 
     def cancel(self, job: Job) -> None:
         """Stop work on a job and free its slot; its caller has left, so no event follows."""
         job.done = True
-        self._jobs.pop(job, None)
-        self._rows.remove(job)
+        self._leave(job)
         self.generator.cancel(job)
+
+    def close(self) -> None:
+        """Give back what is kept between requests."""
+        self._shared.close()
+        if self.model.documents is not None:
+            self.model.documents.close()
 
     def advance(self) -> bool:
         """One compression batch, then one turn of the generator. False: nothing to do."""
@@ -83,8 +92,10 @@ class Lane:
             for picked, chunk in zip(batch, chunks, strict=True):
                 picked.job.results[picked.item[0]] = chunk
                 picked.job.outstanding -= 1
-                if not picked.job.outstanding:
-                    self._gather(picked.job)
+                for job in dict.fromkeys((picked.job, *self._shared.computed(picked.item[1], chunk))):
+                    job.mark("queue")
+                    if not job.outstanding:
+                        self._gather(job)
             return
         # Outside the handler, and without its traceback: both would keep the failed batch's tensors alive.
         if len(batch) == 1:
@@ -118,6 +129,16 @@ class Lane:
         self.generator.add(job, job.plan, prompt)
 
     def _fail(self, job: Job, error: ScaledownError) -> None:
+        job.end(Failed(error))
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
         self._jobs.pop(job, None)
         self._rows.remove(job)
-        job.end(Failed(error))
+        self._queue(self._shared.leave(job))
+
+    def _queue(self, places: Sequence[Place]) -> None:
+        for job in dict.fromkeys(place.job for place in places):
+            own = [place for place in places if place.job is job]
+            lengths = [self.model.compressor.row_format.length(place.row) for place in own]
+            self._rows.add(job, [(place.index, place.row) for place in own], lengths)

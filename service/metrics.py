@@ -62,6 +62,8 @@ class Metrics:
         self.relevance = histogram("relevance", "Relevance of passages, 0 to 1", SHARE, "checkpoint")
         self.store_lookups = counter("embedding_lookups_total", "Lookups by embedding_id", "result")
         self.cache_lookups = counter("cache_lookups_total", "Lookups in each cache", "cache", "result")
+        self.cache_evictions = counter("cache_evictions_total", "Entries that made room for others", "cache")
+        self.cache_bytes = gauge("cache_bytes", "Memory of each cache", "cache")
         self.model_bytes = gauge("model_bytes", "Memory of the weights of all loaded checkpoints")
         self.store_bytes = gauge("embedding_store_bytes", "Memory of kept embeddings")
         self.swaps = counter("checkpoint_swaps_total", "Attempts to change the checkpoint", "result")

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from core.model import Model
 from core.pipeline import CompressedPassage, rerank
 from core.policy import overall
+from service.caches.embeddings import count_cached
 from service.embedding_store import StoredPassage
 from service.embeddings_codec import encode_embeddings
 from service.evidence import passages_evidence
@@ -49,9 +50,16 @@ def compress_response(session: Session, body: CompressRequest, compressed: Compr
     ]
     tokens = sum(passage.tokens for passage in shown)
     memory_tokens = sum(passage.memory_tokens for passage in shown)
+    cached_chunks, cached_documents = count_cached(compressed.passages)
     return CompressResponse(
         passages=shown,
-        usage=CompressUsage(text_tokens=tokens, memory_tokens=memory_tokens, rate=round(tokens / memory_tokens, 3)),
+        usage=CompressUsage(
+            text_tokens=tokens,
+            memory_tokens=memory_tokens,
+            rate=round(tokens / memory_tokens, 3),
+            cached_chunks=cached_chunks,
+            cached_documents=cached_documents,
+        ),
         timings_ms=session.timings_ms(),
         checkpoint=model.name,
     )
@@ -115,11 +123,14 @@ def answer_response(
 ) -> AnswerResponse:
     """The whole response of `/answer`, and the `done` event of a stream."""
     model = session.version.model
+    cached_chunks, cached_documents = count_cached(compressed.passages)
     usage = Usage(
         text_tokens=session.text_tokens,
         prompt_tokens=compressed.prompt_tokens,
         tokens_saved=session.text_tokens - compressed.prompt_tokens,
         completion_tokens=finished.completion_tokens,
+        cached_chunks=cached_chunks,
+        cached_documents=cached_documents,
     )
     return AnswerResponse(
         answer=finished.text,

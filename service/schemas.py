@@ -217,12 +217,18 @@ class CompressedPassageOut(BaseModel):
     evidence: Evidence = None
 
 
+CachedChunks = Annotated[int, Field(description="chunks whose memory embeddings were known from an equal request")]
+CachedDocuments = Annotated[int, Field(description="other chunks that were known, and read for this query only")]
+
+
 class CompressUsage(BaseModel):
     """Tokens of the passages as text, memory embeddings made of them, and one by the other."""
 
     text_tokens: int
     memory_tokens: int
     rate: float
+    cached_chunks: CachedChunks = 0
+    cached_documents: CachedDocuments = 0
 
 
 Timings = Annotated[dict[str, float], Field(examples=[{"compress": 41.0, "total": 44.9}])]
@@ -275,6 +281,8 @@ class Usage(BaseModel):
     prompt_tokens: int
     tokens_saved: int
     completion_tokens: int
+    cached_chunks: CachedChunks = 0
+    cached_documents: CachedDocuments = 0
 
 
 class Answerable(BaseModel):

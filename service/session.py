@@ -53,7 +53,7 @@ class Session:
         self.close()
 
     async def start(self, body: AnyRequest) -> None:
-        """Tokenise in the pool, correct the reservation, hand the job to the worker."""
+        """Tokenise and look up chunks in the pool, correct the reservation, hand the job to the worker."""
         async with self._until_deadline():
             await asyncio.get_running_loop().run_in_executor(self.engine.pool, self._prepare, body)
         prepared = self.prepared
@@ -87,6 +87,7 @@ class Session:
             self.text_tokens = self.prepared.text_prompt_tokens(model)
             if policy.mode == "text" and policy.max_prompt_tokens is None and not policy.min_relevance:
                 check_prompt(self.text_tokens, body.max_new_tokens, model)
+        self.engine.caches.fetch(model, self.prepared.rows)
 
     async def next_event(self) -> JobEvent:
         """The job's next event. Raises what the job failed with, and DeadlineError."""

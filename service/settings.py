@@ -117,6 +117,23 @@ class Settings(BaseSettings):
     store_bytes: int = Field(
         default=256 * 2**20, ge=0, description="memory for embeddings kept by embedding_id; 0: none kept"
     )
+    embedding_cache_bytes: int = Field(
+        default=64 * 2**20, ge=0, description="memory for embeddings of equal query and chunk; 0: each is computed"
+    )
+    document_cache_bytes: int = Field(
+        default=512 * 2**20,
+        ge=0,
+        description="memory for chunks read before their query, where the checkpoint does so; 0: none kept",
+    )
+    document_cache_folder: Path | None = Field(
+        default=None, description="folder for such chunks, which processes may share; unset: memory only"
+    )
+    document_cache_folder_bytes: Count = Field(
+        default=8 * 2**30, description="size of that folder; the least recently used chunks are removed"
+    )
+    document_cache_redis: SecretStr | None = Field(
+        default=None, description="redis:// or rediss:// URL for such chunks, which machines may share"
+    )
 
     keepalive_seconds: Seconds = Field(default=15, description="silence on a stream before a keep-alive comment")
     drain_seconds: Seconds = Field(default=30, description="time running requests get after SIGTERM")

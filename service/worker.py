@@ -45,8 +45,13 @@ class Worker:
         self._send(lambda: self._lanes.append(lane))
 
     def close(self, lane: Lane) -> None:
-        """Let go of a lane that has no jobs."""
-        self._send(lambda: self._lanes.remove(lane))
+        """Let go of a lane that has no jobs, and of what it keeps."""
+
+        def remove() -> None:
+            self._lanes.remove(lane)
+            lane.close()
+
+        self._send(remove)
 
     def add(self, lane: Lane, job: Job) -> None:
         """Give a job to its lane."""

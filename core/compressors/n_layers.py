@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -36,6 +37,15 @@ class NLayersCompressor(Compressor):
         # The embeddings are the raw residual stream: a final norm trained for the last layer would distort it.
         backbone.norm = nn.Identity()
         super().__init__(config, backbone, tokenizer, causal_row_format(tokenizer, config), generator_width)
+
+    def prefix_like(self, length: int) -> Prefix:
+        """A prefix of `length` positions without its numbers, on the meta device."""
+        config = self.backbone.config
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, kv_heads, length, head_dim)
+        hidden = torch.empty(length, config.hidden_size, dtype=self.slots.dtype, device="meta")
+        return Prefix(torch.empty(shape, dtype=self.slots.dtype, device="meta"), hidden if self.reads_chunk else None)
 
     def record(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Recorder]:
         """As `hidden`, of rows of `ids` and `slots` (B, T), and with it what a `Prefix` is made of."""

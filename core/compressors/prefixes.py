@@ -65,12 +65,6 @@ class Recorder:
         """Length and offset of the keys that are attended to."""
         return query_length, 0
 
-    def nbytes(self, length: int, hidden: Tensor | None) -> int:
-        """Memory that `prefix` of `length` positions would take."""
-        keys = self.layers[0][0]
-        of_layers = 2 * len(self.layers) * keys.shape[1] * keys.shape[3] * keys.element_size()
-        return length * (of_layers + (0 if hidden is None else hidden.shape[2] * hidden.element_size()))
-
     def prefix(self, row: int, length: int, hidden: Tensor | None, device: torch.device) -> Prefix:
         """A copy of the first `length` positions of one row on `device`; `hidden` (B, T, width) of the same pass."""
         keys = self.layers[0][0]

@@ -44,9 +44,14 @@ def rows_for(model: Model, picks: Sequence[tuple[int, int, int]]) -> list[ChunkR
     ]
 
 
+def compressor_of(model: Model) -> NLayersCompressor:
+    assert isinstance(model.compressor, NLayersCompressor)
+    return model.compressor
+
+
 def with_documents(model: Model, limit: int = 2**30, namespace: str = "a") -> Model:
     """`model` with a cache; the shared tiny models themselves are never changed."""
-    return replace(model, documents=DocumentCache(namespace, model.compressor.row_format, ByteLRU(limit)))
+    return replace(model, documents=DocumentCache(namespace, compressor_of(model), ByteLRU(limit)))
 
 
 def assert_same(
@@ -152,7 +157,7 @@ def test_versions_share_a_limit_but_no_entries(tiny_llama: Path, tiny_qwen3: Pat
     one = with_documents(tiny_model(tiny_llama, order="document_first"))
     assert one.documents is not None
     other = tiny_model(tiny_qwen3, order="document_first")
-    cache = DocumentCache("b", other.compressor.row_format, one.documents.memory)
+    cache = DocumentCache("b", compressor_of(other), one.documents.memory)
     other = replace(other, documents=cache)
     for model in (one, other):
         (chunk,) = compress_rows(model, rows_for(model, [(0, 0, 4)])[:1])

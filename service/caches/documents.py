@@ -1,0 +1,84 @@
+"""The places behind the memory of chunks: filled by a thread of their own, read before a request is queued.
+
+The worker's thread never waits for them. Knows neither files nor servers, only `BlobStore`s.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from core.compressors.prefixes import Prefix
+from core.document_cache import DocumentCache, PrefixKey
+from core.rows import ChunkRow
+from service.caches.blobs import HEADER_BYTES, BlobStore, decode_prefix, encode_prefix
+
+log = logging.getLogger(__name__)
+MAX_WAITING_BYTES = 256 * 2**20  # of prefixes that wait to be written; more are not kept there
+
+
+class BlobStores:
+    """All stores of a service, asked in turn. A `PrefixStore` for the worker's thread."""
+
+    def __init__(self, stores: Sequence[BlobStore]) -> None:
+        self._stores = stores
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="document-cache")
+        self._waiting = 0
+        self._lock = threading.Lock()
+
+    def put(self, key: PrefixKey, prefix: Prefix) -> None:
+        """Have a prefix written soon, unless too many wait already."""
+        with self._lock:
+            if self._waiting + prefix.nbytes > MAX_WAITING_BYTES:
+                return
+            self._waiting += prefix.nbytes
+        try:
+            self._writer.submit(self._write, key, prefix)
+        except RuntimeError:  # the service is stopping
+            return
+
+    def fetch(self, documents: DocumentCache, rows: Sequence[ChunkRow]) -> None:
+        """Bring what is known of rows' chunks into the memory, as far as that has room for them all. May take a while.
+
+        Never for more than the memory holds: later chunks would only push out the first.
+        """
+        room = documents.memory.max_bytes
+        for row in rows:
+            key, like = documents.key(row), documents.like(row)
+            room -= like.nbytes
+            if room < 0:
+                return
+            if key not in documents.memory:
+                self._fetch(documents, key, like)
+
+    def _fetch(self, documents: DocumentCache, key: PrefixKey, like: Prefix) -> None:
+        for store in self._stores:
+            blob = store.read(key, like.nbytes + HEADER_BYTES)
+            if blob is None:
+                continue
+            prefix = decode_prefix(key, blob, like)
+            if prefix is not None:
+                documents.memory.put(key, like.nbytes, partial(_same, prefix))
+                return
+            log.warning("a kept chunk is damaged and dropped")
+            store.discard(key)
+
+    def _write(self, key: PrefixKey, prefix: Prefix) -> None:
+        try:
+            blob = encode_prefix(key, prefix)
+            for store in self._stores:
+                store.write(key, blob)
+        except Exception:
+            log.exception("a chunk could not be kept")
+        finally:
+            with self._lock:
+                self._waiting -= prefix.nbytes
+
+    def close(self) -> None:
+        """Write nothing more. What waits is dropped: it was only to save time."""
+        self._writer.shutdown(wait=False, cancel_futures=True)
+
+
+def _same(prefix: Prefix) -> Prefix:
+    return prefix
