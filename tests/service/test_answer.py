@@ -43,6 +43,8 @@ def test_answer_is_the_pipelines(client: httpx.Client, model: Model, mode: Mode,
         "prompt_tokens": expected.prompt_tokens,
         "tokens_saved": expected.text_tokens - expected.prompt_tokens,
         "completion_tokens": expected.completion_tokens,
+        "cached_chunks": 0,
+        "cached_documents": 0,
     }
 
 

@@ -45,7 +45,13 @@ def wait_for(condition: Any, seconds: float = 10) -> None:
 
 def test_health(client: httpx.Client) -> None:
     assert client.get("/livez").json() == {"status": "alive"}
-    assert client.get("/readyz").json() == {"status": "ready", "checkpoint": "untrained", "trained": False}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "checkpoint": "untrained",
+        "trained": False,
+        "document_cache": "does not apply: needs an n_layers compressor with order document_first, "
+        "this is n_layers, query_first",
+    }
 
 
 def test_a_deadline_ends_a_request_and_frees_its_slot(serve: Serve) -> None:
