@@ -1,0 +1,122 @@
+"""What `/metrics` says: every family that was promised, true to what was served, and summed over processes."""
+
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+
+from tests.service.calls import PASSAGES, QUERY, answer
+from tests.service.conftest import Serve
+from tests.service.test_lifecycle import LONG, wait_for
+
+PROMISED = {
+    "requests": "scaledown_requests_total",
+    "errors by code": "scaledown_errors_total",
+    "queue depth": "scaledown_requests_in_stage",
+    "queue wait, stage durations": "scaledown_stage_seconds",
+    "batch sizes": "scaledown_compress_batch_rows",
+    "batch tokens": "scaledown_compress_batch_tokens",
+    "padding share": "scaledown_compress_padding_share",
+    "answers in a step": "scaledown_decode_sequences",
+    "time to first token": "scaledown_time_to_first_token_seconds",
+    "tokens in": "scaledown_prompt_tokens_total",
+    "tokens out": "scaledown_completion_tokens_total",
+    "tokens saved": "scaledown_tokens_saved_total",
+    "compression rate": "scaledown_compression_rate",
+    "relevance": "scaledown_relevance",
+    "caches": "scaledown_cache_lookups_total",
+    "swaps": "scaledown_checkpoint_swaps_total",
+    "version": "scaledown_checkpoint_info",
+    "build": "scaledown_build_info",
+    "memory of weights": "scaledown_model_bytes",
+    "memory of the process": "process_resident_memory_bytes",
+    "workers": "scaledown_worker_exits_total",
+}
+
+
+def value(client: httpx.Client, series: str) -> float:
+    found = re.search(rf"^{re.escape(series)} (\S+)$", client.get("/metrics").text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def test_every_promised_family_is_there(client: httpx.Client) -> None:
+    families = set(re.findall(r"^# TYPE (\S+)", client.get("/metrics").text, re.MULTILINE))
+    assert {what for what, name in PROMISED.items() if name not in families} == set()
+
+
+def test_tokens_are_those_of_the_responses(serve: Serve) -> None:
+    with serve() as client:
+        usages = [answer(client, mode=mode)["usage"] for mode in ("compressed", "hybrid", "text")]
+        label = '{checkpoint="untrained"}'
+        for series, field in (
+            ("prompt", "prompt_tokens"),
+            ("completion", "completion_tokens"),
+            ("text", "text_tokens"),
+        ):
+            assert value(client, f"scaledown_{series}_tokens_total{label}") == sum(usage[field] for usage in usages)
+        saved = sum(max(0, usage["tokens_saved"]) for usage in usages)
+        assert value(client, f"scaledown_tokens_saved_total{label}") == saved > 0
+        assert value(client, "scaledown_model_bytes") > 100_000
+        assert value(client, 'scaledown_stage_seconds_count{stage="queue"}') == len(usages)
+
+
+def test_the_queue_is_seen_while_it_lasts(serve: Serve) -> None:
+    with serve(max_sequences=1) as client:
+        bodies = [LONG, LONG]
+        asking = [threading.Thread(target=client.post, args=("/answer",), kwargs={"json": body}) for body in bodies]
+        for thread in asking:
+            thread.start()
+        # One writes its answer, the other waits for the only slot.
+        wait_for(lambda: value(client, 'scaledown_requests_in_stage{stage="decode"}') == 1)
+        wait_for(lambda: value(client, 'scaledown_requests_in_stage{stage="first_token"}') == 1, 30)
+        for thread in asking:
+            thread.join(60)
+        wait_for(lambda: value(client, "scaledown_requests_in_flight") == 0)
+        assert value(client, 'scaledown_requests_in_stage{stage="decode"}') == 0
+
+
+def test_errors_are_counted_by_code(serve: Serve) -> None:
+    with serve() as client:
+        client.post("/answer", json={"query": QUERY, "passages": PASSAGES, "timeout": 0.001})
+        client.post("/rerank", json={"query": QUERY})
+        assert value(client, 'scaledown_errors_total{code="deadline"}') == 1
+        assert value(client, 'scaledown_errors_total{code="invalid_input"}') == 1
+
+
+WORKERS = """
+import sys
+from pathlib import Path
+from service.shared_metrics import share_metrics
+folder, number, kept = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+share_metrics(folder, number)
+from service.metrics import Metrics
+metrics = Metrics()
+metrics.requests.labels("/answer", "200").inc(3)
+metrics.in_flight.set(2)
+for version in ("old", *kept):
+    metrics.completion_tokens.labels(version).inc(5)
+    metrics.checkpoint.labels(version).set(1)
+metrics.forget("old")
+sys.stdout.buffer.write(metrics.render())
+"""
+
+
+def run_worker(folder: Path, number: str, *kept: str) -> str:
+    command = [sys.executable, "-c", WORKERS, str(folder), number, *kept]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_processes_add_up_and_a_successor_goes_on_where_the_dead_one_was(tmp_path: Path) -> None:
+    run_worker(tmp_path, "0", "new")
+    text = run_worker(tmp_path, "1", "new")
+    assert 'scaledown_requests_total{route="/answer",status="200"} 6.0' in text
+    assert "scaledown_requests_in_flight 4.0" in text
+    assert 'scaledown_checkpoint_info{checkpoint="new"} 1.0' in text
+    assert 'scaledown_completion_tokens_total{checkpoint="new"} 10.0' in text
+    assert 'checkpoint="old"' not in text  # files keep it, but nobody has that version any more
+    text = run_worker(tmp_path, "0", "new")
+    assert 'scaledown_requests_total{route="/answer",status="200"} 9.0' in text
+    assert len(list(tmp_path.glob("*_0.db"))) == len(list(tmp_path.glob("*_1.db")))
