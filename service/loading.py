@@ -9,6 +9,7 @@ from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
 from core.answer import answer
 from core.checkpoint import load_checkpoint
+from core.compute_dtype import best_dtype
 from core.config import Config, GeneratorConfig
 from core.costs import measure_token_costs
 from core.errors import ConfigError
@@ -35,7 +36,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = folder or configured_folder(settings)
-    dtype = DTYPES[settings.dtype]
+    dtype = compute_dtype(settings)
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)
         if settings.accelerator != "eager":
@@ -53,6 +54,13 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
             extra={"checkpoint": model.name},
         )
     return model
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """What `auto` stands for here. The graphs of an accelerator are made for one format, by default float32."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    return best_dtype(torch.device(settings.device)) if settings.accelerator == "eager" else torch.float32
 
 
 def warm_up(model: Model) -> None:

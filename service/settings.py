@@ -61,10 +61,12 @@ class Settings(BaseSettings):
     )
     accelerator: Literal["eager", "jit", "neuron"] = Field(
         default="eager",
-        description="what runs the compressor; jit and neuron: graphs of the checkpoint, see `training export --target`",
+        description="what runs the compressor; jit and neuron: graphs in the checkpoint (`training export --target`)",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="number format of the weights"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="number format of the weights; auto: bfloat16 where the CPU or GPU computes in it and no graphs "
+        "are used, else float32",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of one operation, shared out among the workers; 0: torch decides"

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: tiny random models, made once a session, and the demo's real base models."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests import tiny_models
 
 settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 settings.load_profile("suite")
+os.environ["SCALEDOWN_DTYPE"] = "float32"  # the same results on every machine; `auto` has tests of its own
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -46,7 +46,7 @@ def _shared_options() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("--checkpoint", type=Path, help="checkpoint folder (default: the shipped one, else an untrained model)")
     add("--base-model", help="generator of the untrained model (default: smollm2-135m)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--threads", type=int, default=0, help="threads of one operation on the CPU; 0: torch decides")
     add("--passage-tokens", type=_count, default=128, help="generator tokens of a passage (default: %(default)s)")

@@ -62,14 +62,21 @@ async def complete(body: CompletionRequest, request: Request, engine: ThisEngine
 @router.get("/v1/models")
 async def list_models(engine: ThisEngine) -> ModelList:
     """The checkpoint that serves, by its version, its folder, and the alias that is always good."""
-    return ModelList(data=[ModelCard(id=name, created=STARTED) for name in model_names(engine)])
+    return ModelList(data=[model_card(engine, name) for name in model_names(engine)])
 
 
 @router.get("/v1/models/{model}")
 async def get_model(model: str, engine: ThisEngine) -> ModelCard:
     """One of them."""
     check_model(engine, model)
-    return ModelCard(id=model, created=STARTED)
+    return model_card(engine, model)
+
+
+def model_card(engine: Engine, name: str) -> ModelCard:
+    """The active version under one of its names."""
+    assert engine.active is not None  # whoever has a name of it has found it there
+    dtype = str(engine.active.model.generator.dtype).removeprefix("torch.")
+    return ModelCard(id=name, created=STARTED, dtype=dtype)
 
 
 def model_names(engine: Engine) -> list[str]:

@@ -260,12 +260,13 @@ class CompletionResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A checkpoint version. `created`: when this service began."""
+    """A checkpoint version. `created`: when this service began; `dtype`: what it computes in."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["scaledown"] = "scaledown"
+    dtype: str
 
 
 class ModelList(BaseModel):

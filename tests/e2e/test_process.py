@@ -49,7 +49,7 @@ def running(checkpoint: Path, **values: str) -> Iterator[tuple[subprocess.Popen[
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SCALEDOWN_")}
-    own = {f"SCALEDOWN_{name.upper()}": value for name, value in values.items()}
+    own = {f"SCALEDOWN_{name.upper()}": value for name, value in {"dtype": "float32", **values}.items()}
     environment = {**inherited, **own, "SCALEDOWN_CHECKPOINT": str(checkpoint), "SCALEDOWN_PORT": str(port)}
     process = subprocess.Popen(
         [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"

@@ -24,7 +24,9 @@ Serve = Callable[..., contextlib.AbstractContextManager[httpx.Client]]
 
 def make_settings(**values: object) -> Settings:
     """Settings for a test: nothing from the environment, a worker that does not wait, nothing taken from a cache."""
-    return Settings.model_validate({"batch_wait_ms": 0, "port": 0, "embedding_cache_bytes": 0, **values})
+    return Settings.model_validate(
+        {"batch_wait_ms": 0, "port": 0, "dtype": "float32", "embedding_cache_bytes": 0, **values}
+    )
 
 
 @pytest.fixture(scope="session")
