@@ -153,7 +153,7 @@ class Engine:
     async def stop(self) -> None:
         """Let go of the threads and connections."""
         if self.server is not None:
-            await self.server.close()
+            await self.server.aclose()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.caches.close()
         self.worker.stop(timeout=5)

@@ -19,6 +19,7 @@ PROG = "python -m service.benchmark"
 EPILOG = """
   python -m service.benchmark engine                          the shipped checkpoint, else an untrained model
   python -m service.benchmark engine --checkpoint checkpoints/mine --dtype bfloat16 --threads 2
+  python -m service.benchmark engine --vllm-url http://127.0.0.1:8001/v1   beside vLLM, see serve_vllm.sh in its folder
   python -m service.benchmark load --clients 1 8 32           starts a service, loads it, stops it
   python -m service.benchmark load --url http://127.0.0.1:8000 --checkpoint checkpoints/mine
   python -m service.benchmark scaling --quick                 a smoke run of a few sizes
@@ -66,6 +67,7 @@ def _shared_options() -> argparse.ArgumentParser:
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passages", type=_count, nargs="+", default=[5, 10, 20, 50], help="default: %(default)s")
     parser.add_argument("--batch", type=_count, default=8, help="questions at a time, saturated (default: %(default)s)")
+    parser.add_argument("--vllm-url", default="", help="a vLLM server on this machine that serves the merged generator")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:

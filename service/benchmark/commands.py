@@ -22,6 +22,8 @@ from service.benchmark.scaling import run_curve
 from service.benchmark.server import running_service
 from service.benchmark.statistics import paired_ratios
 from service.benchmark.tables import show_engine, show_load, show_scaling, show_setting
+from service.benchmark.variants import VARIANTS
+from service.benchmark.vllm_variant import vllm_variants
 from service.loading import load_model
 from service.settings import Settings
 
@@ -32,7 +34,10 @@ QUERY_TOKENS = 16
 
 def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
     """`engine`: every variant in every case."""
+    if options.vllm_url:
+        require_loopback(options.vllm_url)
     model = load_model(settings)
+    compared = {**VARIANTS, **(vllm_variants(model, options.vllm_url) if options.vllm_url else {})}
     if options.quick:
         options.passages, options.batch, options.new_tokens, options.repeats = options.passages[:1], 2, 4, 1
     cases = plan_cases(
@@ -44,7 +49,7 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
     with short_collections():
         for case in cases:
             try:
-                result["cases"].append(run_case(model, case, options.repeats, notify))
+                result["cases"].append(run_case(model, case, options.repeats, notify, compared))
             except TooLargeError as error:
                 notify(f"{case.label} is left out: {error.message}")
     return result, f"{show_setting(result)}\n\n{show_engine(result)}"

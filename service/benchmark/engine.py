@@ -19,7 +19,8 @@ from service.benchmark.variants import VARIANTS, Variant, Work, without_end
 
 Notify = Callable[[str], None]
 BASELINES = ("transformers", "text")  # what the others are divided by
-COMPRESSING = ("compressed", "hybrid")
+COMPRESSING = ("compressed", "hybrid", "vllm compressed", "vllm hybrid")
+ELSEWHERE = "vllm "  # begins the names of variants whose generator runs in another process
 # OSCAR, arXiv 2504.07109: its table 1 (128-token query, 10 x 128 tokens, 32 new tokens, batch 1) and its figure over
 # 1 to 50 documents. Operations of compression and generation against the uncompressed generator's.
 PAPER = {
@@ -149,27 +150,38 @@ def summarise(case: Case, measured: Mapping[str, Measured], by_shapes: Mapping[s
             "first_token_s": asdict(spread(each.first_token_s)),
             "answers_per_s": asdict(spread([case.batch / seconds for seconds in each.seconds])),
             "stages_s": {s: asdict(spread([values.get(s, 0.0) for values in each.stages_s])) for s in stages},
-            "flops": each.flops,
-            "flops_total": sum(each.flops.values()),
             "flops_by_shapes": by_shapes[name],
-            "peak_bytes": each.peak_bytes,
-            "working_bytes": each.working_bytes,
+            **_counted(each, elsewhere=name.startswith(ELSEWHERE)),
         }
         entry["ratios"][name] = {
-            f"over_{base}": _ratios(measured[base], each, by_shapes[base] / by_shapes[name])
+            f"over_{base}": _ratios(
+                measured[base], each, by_shapes[base] / by_shapes[name], elsewhere=name.startswith(ELSEWHERE)
+            )
             for base in BASELINES
             if base in measured and base != name
         }
     return entry
 
 
-def _ratios(base: Measured, variant: Measured, by_shapes: float) -> dict[str, Any]:
+def _counted(each: Measured, *, elsewhere: bool) -> dict[str, Any]:
+    """Operations and memory; None where most of them are another process's, which cannot be seen from here."""
+    if elsewhere:
+        return {"flops": {}, "flops_total": None, "peak_bytes": None, "working_bytes": None}
+    return {
+        "flops": each.flops,
+        "flops_total": sum(each.flops.values()),
+        "peak_bytes": each.peak_bytes,
+        "working_bytes": each.working_bytes,
+    }
+
+
+def _ratios(base: Measured, variant: Measured, by_shapes: float, *, elsewhere: bool) -> dict[str, Any]:
     return {
         "answers_per_s": asdict(paired_ratios(base.seconds, variant.seconds)),
         "first_token": asdict(paired_ratios(base.first_token_s, variant.first_token_s)),
-        "flops": sum(base.flops.values()) / sum(variant.flops.values()),
+        "flops": None if elsewhere else sum(base.flops.values()) / sum(variant.flops.values()),
         "flops_by_shapes": by_shapes,
-        "peak_bytes": base.peak_bytes / variant.peak_bytes,
+        "peak_bytes": None if elsewhere else base.peak_bytes / variant.peak_bytes,
     }
 
 

@@ -66,7 +66,16 @@ def describe_model(model: Model) -> dict[str, Any]:
         "query_tokens": compressor.query_tokens,
         "hybrid_top": model.config.prompt.hybrid_top,
         "dtype": str(model.generator.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": _kv_bytes(model),
     }
+
+
+def _kv_bytes(model: Model) -> int:
+    """Of the keys and values of one position, in all layers of the generator."""
+    config: Any = model.generator.model.config
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return 2 * int(config.num_hidden_layers) * heads * head_dim * model.generator.dtype.itemsize
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 
 Entry = Mapping[str, Any]
 SIZE = (6.0, 3.8)  # inches, of one panel
-COLOURS = {"transformers": "#999999", "text": "#444444", "hybrid": "#d17a00", "compressed": "#0063b1"}
+COLOURS = {
+    "transformers": "#999999",
+    "text": "#444444",
+    "hybrid": "#d17a00",
+    "compressed": "#0063b1",
+    "vllm text": "#88aa88",
+    "vllm hybrid": "#99cc33",
+    "vllm compressed": "#1b7837",
+}
 STAGE_COLOURS = {
     "prepare": "#bbbbbb",
     "compress": "#0063b1",
@@ -57,7 +65,7 @@ def _engine(result: Entry) -> Figure:
 
 
 def _ratio_line(axes: Axes, cases: Sequence[Entry], name: str, key: str, colour: str, style: str, label: str) -> None:
-    shown = [case for case in cases if "over_text" in case["ratios"].get(name, {})]
+    shown = [case for case in cases if case["ratios"].get(name, {}).get("over_text", {}).get(key) is not None]
     values = [case["ratios"][name]["over_text"][key] for case in shown]
     middles = [value["median"] if isinstance(value, Mapping) else value for value in values]
     if not shown:

@@ -48,16 +48,17 @@ def show_engine(result: Entry) -> str:
 def _engine_row(case: Entry, name: str, figures: Entry) -> tuple[str, ...]:
     over_text = case["ratios"][name].get("over_text")
     over_transformers = case["ratios"][name].get("over_transformers")
-    ratios = ("1", "", "1", "1", "1", "1")
+    ratios: tuple[str, ...] = ("1", "", "1", "1", "1", "1")
     if over_text:
         speed = over_text["answers_per_s"]
         ratios = (
             f"{speed['median']:.2f}",
             f"{speed['low']:.2f}-{speed['high']:.2f}",
             f"{over_text['first_token']['median']:.2f}",
-            f"{over_text['flops']:.2f}",
-            f"{over_text['flops_by_shapes']:.2f}",
-            f"{over_text['peak_bytes']:.2f}",
+            *(
+                "-" if over_text[key] is None else f"{over_text[key]:.2f}"
+                for key in ("flops", "flops_by_shapes", "peak_bytes")
+            ),
         )
     last = f"{over_transformers['answers_per_s']['median']:.2f}" if over_transformers else "1"
     return (case["label"], name, str(figures["prompt_tokens"]), *ratios, last, f"{figures['seconds']['median']:.3f}")

@@ -66,7 +66,7 @@ def run_transformers(model: Model, questions: Sequence[Question], new_tokens: in
     ids = [layout.ids for layout in layouts]
     batch = pad_sequence(ids, batch_first=True, padding_side="left").to(device)  # (B, T)
     mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True, padding_side="left").to(device)
-    _require_room(model, max(len(each) for each in ids), new_tokens)
+    require_room(model, max(len(each) for each in ids), new_tokens)
     stages.enter("prefill")
     network: Any = model.generator.model  # its `generate` is not typed
     settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -95,25 +95,27 @@ class _EnterDecode(StoppingCriteria):
 def run_engine(model: Model, questions: Sequence[Question], new_tokens: int, stages: Stages, *, mode: Mode) -> Work:
     """Our engine. In `text` mode the compressor does not run, since nothing needs it."""
     prefix = read_prefix(model.generator, model.template.prefix)  # not timed: a service reads it once
-    stages.enter("prepare")
-    requests = [prepare(model, question.query, question.passages) for question in questions]
-    if mode == "text":
-        stages.enter("prompt")
-        prompts = [_text_prompt(model, request) for request in requests]
-    else:
-        stages.enter("compress")
-        compressed = compress(model, requests)
-        stages.enter("prompt")
-        prompts = [
-            build_prompt(
-                model, request, passages, [c.mode for c in choose_modes(model, request, passages, Policy(mode))]
-            )
-            for request, passages in zip(requests, compressed, strict=True)
-        ]
+    prompts = build_prompts(model, questions, stages, mode)
     stages.enter("prefill")
     sequences = write_answers(model, prompts, new_tokens, stages, prefix)
     stages.end()
     return Work([prompt.tokens for prompt in prompts], sequences)
+
+
+def build_prompts(model: Model, questions: Sequence[Question], stages: Stages, mode: Mode) -> list[Prompt]:
+    """The prompts of all questions; enters every stage before the prefill."""
+    stages.enter("prepare")
+    requests = [prepare(model, question.query, question.passages) for question in questions]
+    if mode == "text":
+        stages.enter("prompt")
+        return [_text_prompt(model, request) for request in requests]
+    stages.enter("compress")
+    compressed = compress(model, requests)
+    stages.enter("prompt")
+    return [
+        build_prompt(model, request, passages, [c.mode for c in choose_modes(model, request, passages, Policy(mode))])
+        for request, passages in zip(requests, compressed, strict=True)
+    ]
 
 
 def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
@@ -125,7 +127,7 @@ def write_answers(
 ) -> list[list[int]]:
     """Prefill all prompts as one batch, then decode it; enters `decode` once the first tokens are there."""
     longest = max(prompt.tokens for prompt in prompts)
-    _require_room(model, longest, new_tokens)
+    require_room(model, longest, new_tokens)
     batch = DecodeBatch(model.generator, len(prompts), longest + new_tokens, prefix)
     sequences = batch.add(prompts, [GenerationOptions(max_new_tokens=new_tokens)] * len(prompts))
     batch.step()  # chooses from the prefill's logits: no forward pass yet
@@ -135,7 +137,7 @@ def write_answers(
     return [sequence.token_ids for sequence in sequences]
 
 
-def _require_room(model: Model, prompt_tokens: int, new_tokens: int) -> None:
+def require_room(model: Model, prompt_tokens: int, new_tokens: int) -> None:
     """Raises TooLargeError where not all answers could have their full length."""
     limit = model.generator.max_tokens
     if prompt_tokens + new_tokens > limit:

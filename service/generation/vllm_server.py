@@ -35,7 +35,7 @@ class VllmServer:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         key = settings.generator_key
-        self.model = ""
+        self.model = settings.generator_model
         self.max_tokens: int | None = None
         self.outages = 0
         self._wanted = settings.generator_model
@@ -47,7 +47,7 @@ class VllmServer:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.max_requests),
         )
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Let go of the connections."""
         await self._client.aclose()
 

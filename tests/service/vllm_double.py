@@ -7,6 +7,7 @@ the real one the same things.
 import asyncio
 import base64
 import contextlib
+import copy
 import io
 import json
 import socket
@@ -108,7 +109,10 @@ class VllmDouble:
             raise ConnectionResetError
         complete = False
         try:
-            for event in stream(self.generator, prompt, options_of(body)):
+            generator = copy.copy(self.generator)
+            if body.get("ignore_eos"):
+                generator.eos_ids = frozenset()
+            for event in stream(generator, prompt, options_of(body)):
                 finish = event.finish_reason
                 choice = {"index": 0, "text": event.text, "token_ids": [event.token_id], "finish_reason": finish}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
