@@ -3,6 +3,7 @@
 A stage is whatever context manager the caller gives for its name: a stopwatch here, a FLOP counter in `costs.py`.
 """
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from core.pipeline import (
     passage_text_ids,
     prepare,
 )
-from core.planning import choose_modes
+from core.planning import choose_modes, plan_request
 from core.policy import Policy
 from core.prompts import Block, Prompt
 from core.sampling import GenerationOptions
@@ -87,17 +88,19 @@ def generate_batch(
     stage: Stage,
 ) -> list[Generated]:
     """Build every prompt and decode them side by side; `compressed` is None where nothing needed compressing."""
+    policy = Policy(setting.mode, max_prompt_tokens=setting.budget)
+    if compressed is not None and setting.budget is not None:
+        with stage("compress"):
+            compressed = [
+                _as_planned(model, request, passages, policy, options)
+                for request, passages in zip(requests, compressed, strict=True)
+            ]
     with stage("prompt"):
         if compressed is None:
             prompts = [_text_prompt(model, request) for request in requests]
         else:
             prompts = [
-                build_prompt(
-                    model,
-                    request,
-                    passages,
-                    [c.mode for c in choose_modes(model, request, passages, Policy(setting.mode))],
-                )
+                _prompt(model, request, passages, policy, options)
                 for request, passages in zip(requests, compressed, strict=True)
             ]
     room = max(prompt.tokens for prompt in prompts) + options.max_new_tokens
@@ -110,6 +113,34 @@ def generate_batch(
             for event in batch.step():
                 texts[id(event.sequence)] += event.text
     return [Generated(texts[id(sequence)], sequence.prompt_tokens, len(sequence.token_ids)) for sequence in sequences]
+
+
+def _as_planned(
+    model: Model,
+    request: PreparedRequest,
+    passages: list[CompressedPassage],
+    policy: Policy,
+    options: GenerationOptions,
+) -> list[CompressedPassage]:
+    """What `auto` would have of passages that were all compressed at the default rate.
+
+    Compressing counts as free, so that nothing depends on what it costs on this machine.
+    """
+    plan = plan_request(dataclasses.replace(model, costs=None), request, policy, None, options.max_new_tokens)
+    if plan.rate != model.config.compressor.rates[0]:
+        return compress(model, [request], plan.rate, read=[plan.read])[0]
+    return [each if each.index in plan.read else CompressedPassage(each.index, (), None) for each in passages]
+
+
+def _prompt(
+    model: Model,
+    request: PreparedRequest,
+    passages: list[CompressedPassage],
+    policy: Policy,
+    options: GenerationOptions,
+) -> Prompt:
+    choices = choose_modes(model, request, passages, policy, options.max_new_tokens)
+    return build_prompt(model, request, passages, [choice.mode for choice in choices])
 
 
 def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:

@@ -34,6 +34,9 @@ EXAMPLES = """\
 examples:
   # every mode at every rate of the checkpoint, from 5 passages; run it again to go on after a kill
   python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/best
+  # accuracy against prompt tokens: fixed rates, and relevance deciding under a budget
+  python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/best \\
+      --budgets 128 192 256 384 512
   # accuracy against the number of passages; 20 passages ranked, beside BM25 and an embedding model
   python -m training evaluate --checkpoint checkpoints/best --data nq.jsonl.gz --out evaluations/nq \\
       --passages 1 5 10 --ranking-passages 20 --embedding-model minilm-l6
@@ -53,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="the first questions only")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rates", nargs="+", type=int, help="compression rates (default: all of the checkpoint)")
+    parser.add_argument(
+        "--budgets", nargs="+", type=int, help="bounds on the prompt, in tokens, to run auto mode under"
+    )
     parser.add_argument("--passages", nargs="+", type=int, default=[5], help="numbers of passages to answer from")
     parser.add_argument("--ranking-passages", type=int, default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
@@ -78,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(
         modes=tuple(args.modes),
         rates=tuple(args.rates or model.config.compressor.rates),
+        budgets=tuple(args.budgets or ()),
         passages=tuple(args.passages),
         ranking_passages=args.ranking_passages,
         batch_size=args.batch_size,

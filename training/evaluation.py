@@ -12,6 +12,9 @@ from tqdm import tqdm
 
 from core.config import Mode
 from core.model import Model
+from core.pipeline import prepare
+from core.planning import plan_request
+from core.policy import Policy
 from core.sampling import GenerationOptions
 from training.answering import Stopwatch, answer_batch, compress_batch, prepare_batch, rank_compressed
 from training.chat_endpoint import ChatEndpoint
@@ -30,6 +33,7 @@ class Plan:
     """What is measured.
 
     modes, rates        text mode has no rate; each other mode is run at each rate
+    budgets             bounds on the prompt in tokens; `auto` mode is run under each
     passages            numbers of passages; the first is the main one
     ranking_passages    passages that are ranked, where more than are answered from
     batch_size          questions answered side by side
@@ -39,6 +43,7 @@ class Plan:
 
     modes: tuple[Mode, ...] = MODES
     rates: tuple[int, ...] = (16,)
+    budgets: tuple[int, ...] = ()
     passages: tuple[int, ...] = (5,)
     ranking_passages: int = 0
     batch_size: int = 16
@@ -54,6 +59,8 @@ class Plan:
             for rate in self.rates:
                 if compressing := [Setting(mode, rate, passages) for mode in self.modes if mode != "text"]:
                     yield compressing
+            if self.budgets:
+                yield [Setting("auto", None, passages, budget) for budget in self.budgets]
 
     @property
     def ranked_counts(self) -> list[int]:
@@ -62,7 +69,14 @@ class Plan:
 
 
 def evaluate(model: Model, questions: Sequence[Question], results: ResultsFile, plan: Plan) -> None:
-    """Add to `results` every record of `plan` that it lacks. Raises InputError for a rate that was not trained."""
+    """Add to `results` every record of `plan` that it lacks.
+
+    Raises InputError for a rate that was not trained, and for a budget below a question's prompt without passages.
+    """
+    for question in questions if plan.budgets else ():
+        plan_request(
+            model, prepare(model, question.query, question.passages[:1]), Policy("auto", None, min(plan.budgets))
+        )
     _rank_baselines(questions, results, plan)
     _answer(model, questions, results, plan)
     _rank(model, questions, results, plan)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 Entry = Mapping[str, Any]
 SIZE = (7.0, 3.8)  # inches
-COLOURS = {"text": "#444444", "hybrid": "#d17a00", "compressed": "#0063b1"}
+COLOURS = {"text": "#444444", "hybrid": "#d17a00", "compressed": "#0063b1", "auto": "#2b8a3e"}
 STAGE_COLOURS = {
     "prepare": "#bbbbbb",
     "compress": "#0063b1",
@@ -79,6 +79,29 @@ def plot_rates(settings: Sequence[Entry]) -> Figure:
     return figure
 
 
+def plot_tokens(settings: Sequence[Entry]) -> Figure:
+    """Token F1 against the prompt's mean tokens: fixed rates of each mode, and `auto` under each budget."""
+    figure = Figure(figsize=SIZE)
+    axes = figure.subplots()
+    for mode, label in (
+        ("text", "text"),
+        ("hybrid", "hybrid"),
+        ("compressed", "compressed"),
+        ("auto", "auto, budgets"),
+    ):
+        chosen = sorted(
+            (entry for entry in settings if entry["mode"] == mode), key=lambda entry: float(entry["prompt_tokens"])
+        )
+        _intervals(axes, [entry["prompt_tokens"] for entry in chosen], chosen, label, COLOURS[mode])
+        for entry in chosen:
+            mark = f"x{entry['rate']}" if entry["rate"] else entry.get("budget") and f"<={entry['budget']}"
+            if mark:
+                at = (entry["prompt_tokens"], 100 * entry["f1"]["value"])
+                axes.annotate(mark, at, xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    _label(axes, "prompt tokens (mean)", "token F1, %")
+    return figure
+
+
 def plot_passages(settings: Sequence[Entry]) -> Figure:
     """Token F1 against the number of passages, a line for each mode and rate."""
     figure = Figure(figsize=SIZE)
@@ -116,7 +139,9 @@ def plot_stages(settings: Sequence[Entry], key: str, unit: str, scale: float) ->
 
 
 def setting_label(entry: Entry) -> str:
-    """Mode and rate of a summary's setting."""
+    """Mode and rate, or budget, of a summary's setting."""
+    if entry.get("budget") is not None:
+        return f"{entry['mode']} within {entry['budget']}"
     return str(entry["mode"]) if entry["rate"] is None else f"{entry['mode']} x{entry['rate']}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.errors import ConfigError
 from training.intervals import Bootstrap, Interval
-from training.plots import plot_passages, plot_rates, plot_stages, plot_training, setting_label, to_svg
+from training.plots import plot_passages, plot_rates, plot_stages, plot_tokens, plot_training, setting_label, to_svg
 from training.rendering import Section, Table, render_html, render_markdown, render_table
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ def _result_sections(summary: Summary) -> list[Section]:
     ]
     if any(entry["rate"] for entry in settings):
         sections.append(Section("Accuracy against rate", note=_at(first), svg=to_svg(plot_rates(first))))
+    if len({entry["prompt_tokens"] for entry in first}) > 1:
+        sections.append(
+            Section("Accuracy against prompt tokens", note=_tokens_note(first), svg=to_svg(plot_tokens(first)))
+        )
     if len({entry["passages"] for entry in settings}) > 1:
         sections.append(Section("Accuracy against number of passages", svg=to_svg(plot_passages(settings))))
     if settings:
@@ -110,6 +114,13 @@ def _main_passages(settings: Sequence[Entry]) -> int:
 
 def _at(settings: Sequence[Entry]) -> str:
     return f"At {settings[0]['passages']} passages." if settings else ""
+
+
+def _tokens_note(settings: Sequence[Entry]) -> str:
+    """What the marks mean, where budgets were run."""
+    budgets = any(entry.get("budget") for entry in settings)
+    adaptive = " Under a budget, relevance decides what is dropped, compressed or shown as text." if budgets else ""
+    return f"{_at(settings)} Template and question count.{adaptive}"
 
 
 def _training_sections(metrics: Sequence[Entry]) -> list[Section]:

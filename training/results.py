@@ -14,17 +14,22 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from core.config import Mode
 from core.errors import ConfigError
+from core.policy import RequestMode
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Setting:
-    """One column of the comparison. `rate` is None in text mode, which compresses nothing."""
+    """One column of the comparison.
 
-    mode: Mode
+    rate    None in text mode, which compresses nothing, and under a budget, which chooses from the default rate on
+    budget  most tokens of a prompt, in `auto` mode; else None
+    """
+
+    mode: RequestMode
     rate: int | None
     passages: int
+    budget: int | None = None
 
     @property
     def name(self) -> str:
@@ -34,6 +39,8 @@ class Setting:
     @property
     def label(self) -> str:
         """The name without the number of passages."""
+        if self.budget is not None:
+            return f"{self.mode} within {self.budget}"
         return self.mode if self.rate is None else f"{self.mode} x{self.rate}"
 
 

@@ -45,8 +45,9 @@ def summarise(
 
 
 def _display_order(setting: Setting) -> tuple[int, int, int]:
-    """Few passages first; text, hybrid, compressed; low rates first."""
-    return setting.passages, ("text", "hybrid", "compressed").index(setting.mode), setting.rate or 0
+    """Few passages first; text, hybrid, compressed, auto; low rates and small budgets first."""
+    modes = ("text", "hybrid", "compressed", "auto")
+    return setting.passages, modes.index(setting.mode), setting.rate or setting.budget or 0
 
 
 def _by_setting(records: Any) -> dict[Setting, dict[str, Any]]:
