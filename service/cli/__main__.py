@@ -1,8 +1,7 @@
 """`scaledown COMMAND`, also `python -m service.cli`: which commands there are, and what their errors mean to a shell.
 
 A command is a module with `choose_parser(arguments, prog)` and `main(arguments, prog)`, imported when it is asked for.
-Others come from the entry points of the group `scaledown.commands`: `train` is one, so that nothing here imports
-`training`.
+`train` is found by its entry point in the group `scaledown.commands`, so that nothing here imports `training`.
 """
 
 import argparse
@@ -79,13 +78,19 @@ def choose_parser(arguments: Sequence[str], prog: str = "scaledown") -> Parsers:
 def load(name: str) -> Any:
     """The module of a command. Raises ScaledownError where it, or what it needs, is not installed."""
     module, _ = COMMANDS[name]
-    found = list(importlib.metadata.entry_points(group="scaledown.commands", name=name))
     try:
-        return importlib.import_module(module) if module else found[0].load()
-    except (IndexError, ModuleNotFoundError) as error:
-        missing = getattr(error, "name", None) or "its module"
+        return importlib.import_module(module or _registered(name))
+    except ModuleNotFoundError as error:
         extra = "training" if name == "train" else "service"
-        raise ScaledownError(f"{name} needs {missing}: pip install 'scaledown[{extra}]'") from None
+        raise ScaledownError(f"{name} needs {error.name}: pip install 'scaledown[{extra}]'") from None
+
+
+def _registered(name: str) -> str:
+    """The module that is installed under that name. All metadata counts: an old build may lie beside the newest."""
+    for distribution in importlib.metadata.distributions(name="scaledown"):
+        for entry in distribution.entry_points.select(group="scaledown.commands", name=name):
+            return entry.value
+    raise ScaledownError(f"{name} is not registered: pip install scaledown, or that of this folder, again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from core.errors import ConfigError
 from service.cli.flags import add_json, add_url
-from service.client import Checkpoints, Connection
+from service.client import Checkpoints, Connection, InvalidRequestError
 from service.client.calls import CheckpointAction
 from service.client.connection import ADMIN_KEY
 
@@ -72,11 +72,16 @@ def main(arguments: Sequence[str], prog: str) -> int:
 def _ask_service(options: argparse.Namespace) -> int:
     if os.environ.get(ADMIN_KEY, "").startswith("sha256:"):
         raise ConfigError(f"{ADMIN_KEY}: holds the key's hash, which the service knows it by; here the key is needed")
-    with Connection(options.url).client() as client:
-        if options.command == "list":
-            found = client.checkpoints()
-        else:
-            found = client.change_checkpoint(REMOTE[options.command][0], getattr(options, "name", None))
+    try:
+        with Connection(options.url).client() as client:
+            if options.command == "list":
+                found = client.checkpoints()
+            else:
+                found = client.change_checkpoint(REMOTE[options.command][0], getattr(options, "name", None))
+    except InvalidRequestError as error:
+        if error.status == 404:
+            raise ConfigError(f"the service has no /admin: it was started without {ADMIN_KEY}") from None
+        raise
     if options.json:
         json.dump(dataclasses.asdict(found), sys.stdout)
         print()

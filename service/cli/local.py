@@ -1,7 +1,6 @@
 """A service inside of this process, for one command: on a socket file that only this user can open."""
 
 import contextlib
-import logging
 import tempfile
 import threading
 import time
@@ -37,7 +36,6 @@ def local_client(checkpoint: Path) -> Iterator[Client]:
     Everything is as it is with a service elsewhere, limits and SCALEDOWN_* settings included, but no key is asked for.
     Raises CheckpointError, BaseModelError and ConfigError.
     """
-    logging.getLogger("service").setLevel(logging.ERROR)
     disable_progress_bar()
     settings = Settings(checkpoint=checkpoint, api_keys=(), admin_key=None)
     app = create_app(settings, load_model(settings))
