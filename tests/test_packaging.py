@@ -58,7 +58,7 @@ def test_the_wheel_holds_all_that_is_not_code(wheel: Path) -> None:
 
 def test_the_client_is_light_and_the_rest_are_extras(wheel: Path) -> None:
     folder = next(name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" in name)
-    metadata = PathDistribution(zipfile.Path(wheel) / folder)  # type: ignore[arg-type]  # a path as far as it is used
+    metadata = PathDistribution(zipfile.Path(wheel) / folder)
     plain = {re.split(r"[<>=;\[ ]", line)[0] for line in metadata.requires or () if "extra ==" not in line}
     assert plain == LIGHT
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import argcomplete
 from argcomplete.lexers import split_line
+from argcomplete.shell_integration import shellcode
 
 Choose = Callable[[Sequence[str]], tuple[argparse.ArgumentParser, Sequence[str]]]
 
@@ -36,5 +37,5 @@ def choose_parser(arguments: Sequence[str], prog: str) -> tuple[argparse.Argumen
 def main(arguments: Sequence[str], prog: str) -> int:
     """Print the script; the exit status."""
     options = choose_parser(arguments, prog)[0].parse_args(arguments)
-    sys.stdout.write(argcomplete.shellcode(["scaledown"], shell=options.shell))
+    sys.stdout.write(shellcode(["scaledown"], shell=options.shell))
     return 0

@@ -9,14 +9,12 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInputError
 from service.client.results import Passage
-
-FIELDS = frozenset(field.name for field in fields(Passage)) - {"embeddings"}
 
 
 @dataclass(frozen=True)
@@ -92,5 +90,5 @@ def _passage(value: Any, where: str) -> Passage:
         return Passage(value)
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise InvalidInputError(where, "is neither a text nor an object with `text`")
-    known = {name: str(value[name]) for name in FIELDS & value.keys() if value[name] is not None}
-    return Passage(**known)
+    given = {name: str(value[name]) for name in ("id", "embedding_id") if value.get(name) is not None}
+    return Passage(value["text"], str(value.get("title") or ""), given.get("id"), None, given.get("embedding_id"))

@@ -10,7 +10,7 @@ from haystack.components.builders import AnswerBuilder
 from haystack.dataclasses import StreamingChunk
 from haystack.utils import Secret
 
-from service.adapters.haystack import ScaleDownGenerator, ScaleDownRanker
+from service.adapters.haystack import Replied, ScaleDownGenerator, ScaleDownRanker
 from service.client import AuthenticationError
 from tests.service.calls import QUERY, answer
 from tests.service.conftest import Serve
@@ -72,12 +72,14 @@ def test_a_stream_adds_up_to_the_reply(client: httpx.Client) -> None:
     async def collect(chunk: StreamingChunk) -> None:
         chunks.append(chunk)
 
-    for run in (
-        lambda: ours.run(QUERY, DOCUMENTS, streaming_callback=chunks.append),
-        lambda: asyncio.run(ours.run_async(QUERY, DOCUMENTS, streaming_callback=collect)),
-    ):
+    def run(awaited: bool) -> Replied:
+        if awaited:
+            return asyncio.run(ours.run_async(QUERY, DOCUMENTS, streaming_callback=collect))
+        return ours.run(QUERY, DOCUMENTS, streaming_callback=chunks.append)
+
+    for awaited in (False, True):
         chunks.clear()
-        (reply,) = run()["replies"]
+        (reply,) = run(awaited)["replies"]
         assert len(chunks) > 2
         assert "".join(chunk.content for chunk in chunks) == reply.text == whole.text
         assert chunks[-1].finish_reason == whole.meta["finish_reason"]

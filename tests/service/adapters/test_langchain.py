@@ -97,8 +97,12 @@ def test_a_stream_adds_up_to_the_message(client: httpx.Client) -> None:
 
 
 def test_a_chain_from_question_to_text(client: httpx.Client) -> None:
-    retriever = RunnableLambda(lambda question: DOCUMENTS)
-    chain = {"question": RunnablePassthrough(), "documents": retriever} | RunnableLambda(ask) | chat(client)
+    def retrieve(question: str) -> list[Document]:
+        return DOCUMENTS
+
+    chain = (
+        {"question": RunnablePassthrough(), "documents": RunnableLambda(retrieve)} | RunnableLambda(ask) | chat(client)
+    )
     text = chain | StrOutputParser()
     expected = answer(client, passages=PASSAGES)["answer"]
     assert text.invoke(QUERY) == expected
