@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,12 @@ FORBIDDEN_IMPORTS = {
     },
     "service": {"training", "tests", "peft", "datasets"},
     "training": {"service", "tests", "fastapi", "starlette", "uvicorn"},
+}
+# What an adapter may import beside the standard library. Whoever has one framework need not have the others, nor torch.
+ADAPTER_IMPORTS = {
+    "haystack": ("haystack", "service.client"),
+    "langchain": ("langchain_core", "pydantic", "service.client"),
+    "llamaindex": ("llama_index.core", "service.client"),
 }
 UNSAFE_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
@@ -114,6 +121,14 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
         and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
     }
     assert not long
+
+
+@pytest.mark.parametrize("framework", ADAPTER_IMPORTS)
+def test_an_adapter_needs_its_framework_and_the_client_only(framework: str) -> None:
+    modules = imported_modules(tree_of(ROOT / "service" / "adapters" / f"{framework}.py"))
+    allowed = tuple(f"{name}." for name in ADAPTER_IMPORTS[framework])
+    foreign = {module for module in modules if module.split(".")[0] not in sys.stdlib_module_names}
+    assert {module for module in foreign if not f"{module}.".startswith(allowed)} == set()
 
 
 def test_tests_are_no_package() -> None:
