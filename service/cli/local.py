@@ -10,13 +10,15 @@ from typing import Any
 
 import httpx
 import uvicorn
+from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
+from core.errors import ConfigError
 from service.app import create_app
 from service.client import Client
 from service.loading import load_model
 from service.server import Server
-from service.settings import Settings
+from service.settings import Settings, check_environment, explain
 
 START_SECONDS = 60
 
@@ -37,7 +39,11 @@ def local_client(checkpoint: Path) -> Iterator[Client]:
     Raises CheckpointError, BaseModelError and ConfigError.
     """
     disable_progress_bar()
-    settings = Settings(checkpoint=checkpoint, api_keys=(), admin_key=None)
+    try:
+        check_environment()
+        settings = Settings(checkpoint=checkpoint, api_keys=(), admin_key=None)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
     app = create_app(settings, load_model(settings))
     server = ThreadServer(app, settings)
     with tempfile.TemporaryDirectory(prefix="scaledown-") as folder:  # its mode is 0700

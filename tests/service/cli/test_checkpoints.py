@@ -84,3 +84,16 @@ def test_a_checkpoint_that_the_command_loads_answers_as_a_service_does(
     assert (got["answer"], got["checkpoint"]) == (expected["answer"], expected["checkpoint"])
     assert main(["answer", *given, "--max-new-tokens", "8", "--quiet"]) == 0
     assert capsys.readouterr().out == got["answer"] + "\n"
+
+
+def test_a_setting_that_is_wrong_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["rerank", QUERY, "a", "--checkpoint", str(root / "first")]
+    monkeypatch.setenv("SCALEDOWN_BATCH_TOKENS", "none")
+    assert main(given) == 1
+    assert "batch_tokens" in capsys.readouterr().err
+    monkeypatch.delenv("SCALEDOWN_BATCH_TOKENS")
+    monkeypatch.setenv("SCALEDOWN_BACH_TOKENS", "1")
+    assert main(given) == 1
+    assert "SCALEDOWN_BACH_TOKENS" in capsys.readouterr().err
