@@ -4,9 +4,10 @@ Not run on Neuron hardware: tested against a double that keeps the documented co
 its graphs through XLA on the CPU (tests/xla). Written for SDK 2.31, the last one with torch_neuronx.
 """
 
+import contextlib
 import importlib
-import importlib.metadata
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,16 @@ class NeuronGraph:
 
         It may carry the weights it was compiled with; what is loaded gets the checkpoint's before it is run.
         """
-        torch.jit.save(self._traced, str(path))
+        with _without_deprecations():
+            torch.jit.save(self._traced, str(path))
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """PyTorch after 2.9 would have torch.export; the SDK, which ends with 2.9, has TorchScript files."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.(save|load)`", DeprecationWarning)
+        yield
 
 
 class NeuronAccelerator:
@@ -98,7 +108,8 @@ class NeuronAccelerator:
         """A graph onto the core. The SDK must be imported first: it registers the classes that the file names."""
         sdk = self._sdk()
         try:
-            traced = torch.jit.load(str(path))
+            with _without_deprecations():
+                traced = torch.jit.load(str(path))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"neuron: {path.name} cannot be loaded onto a NeuronCore ({reason})") from None
