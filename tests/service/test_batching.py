@@ -58,3 +58,10 @@ def test_a_removed_job_is_gone() -> None:
     queue = filled([[5, 5], [5]])
     queue.remove(0)
     assert [picked.job for picked in queue.take(100)] == [1]
+
+
+def test_items_that_come_later_join_those_of_their_job() -> None:
+    queue = filled([[5, 9], [7]])
+    queue.add(0, [2], [6])
+    assert [(picked.job, picked.item) for picked in queue.take(1000)] == [(0, 1), (1, 0), (0, 2), (0, 0)]
+    assert len(queue) == 0
