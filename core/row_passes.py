@@ -16,9 +16,6 @@ from core.document_cache import DocumentCache
 from core.readouts import Embed
 from core.rows import ChunkRow, RowBatch, collate_rows
 
-# Computing queries apart takes a small pass of its own, and attention under a mask: less than this is not worth it.
-LEAST_SAVING = 0.1
-
 
 @dataclass(frozen=True)
 class RowPass:
@@ -41,7 +38,7 @@ def run_rows(
         if documents is not None:
             yield from _with_documents(compressor, rows, embed, documents)
             return
-        if compressor.row_format.query_first and _saving(compressor, rows) >= LEAST_SAVING:
+        if compressor.row_format.query_first and _saving(compressor, rows) >= compressor.least_saving:
             batch = _collate(compressor, rows)
             hidden = compressor.hidden_after(batch, _query_prefixes(compressor, rows))
             yield RowPass(everything, compressor.read(hidden, batch, embed))

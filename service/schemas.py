@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from core.policy import Policy, Reason, RequestMode, Shown
+from service.caches.schemas import CacheUsage
 from service.embeddings_codec import Dtype, Encoding
 from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
 
@@ -217,18 +218,12 @@ class CompressedPassageOut(BaseModel):
     evidence: Evidence = None
 
 
-CachedChunks = Annotated[int, Field(description="chunks whose memory embeddings were known from an equal request")]
-CachedDocuments = Annotated[int, Field(description="other chunks that were known, and read for this query only")]
-
-
-class CompressUsage(BaseModel):
+class CompressUsage(CacheUsage):
     """Tokens of the passages as text, memory embeddings made of them, and one by the other."""
 
     text_tokens: int
     memory_tokens: int
     rate: float
-    cached_chunks: CachedChunks = 0
-    cached_documents: CachedDocuments = 0
 
 
 Timings = Annotated[dict[str, float], Field(examples=[{"compress": 41.0, "total": 44.9}])]
@@ -274,15 +269,13 @@ class AnsweredPassage(BaseModel):
     evidence: Evidence = None
 
 
-class Usage(BaseModel):
+class Usage(CacheUsage):
     """Generator tokens: of the prompt with all passages as text, of the prompt as it was, saved, and generated."""
 
     text_tokens: int
     prompt_tokens: int
     tokens_saved: int
     completion_tokens: int
-    cached_chunks: CachedChunks = 0
-    cached_documents: CachedDocuments = 0
 
 
 class Answerable(BaseModel):

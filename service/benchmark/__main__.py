@@ -23,6 +23,7 @@ EPILOG = """
   python -m service.benchmark load --clients 1 8 32           starts a service, loads it, stops it
   python -m service.benchmark load --url http://127.0.0.1:8000 --checkpoint checkpoints/mine
   python -m service.benchmark scaling --quick                 a smoke run of a few sizes
+  python -m service.benchmark cache                           an untrained compressor that reads the chunk first
 """
 
 
@@ -34,11 +35,12 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="engine | load | scaling")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="engine | load | scaling | cache")
     shared = _shared_options()
     _add_engine(commands.add_parser("engine", parents=[shared], help="text, compressed and hybrid side by side"))
     _add_load(commands.add_parser("load", parents=[shared], help="a service under closed and open load"))
     _add_scaling(commands.add_parser("scaling", parents=[shared], help="costs against passages, lengths, concurrency"))
+    _add_cache(commands.add_parser("cache", parents=[shared], help="passages that were compressed before, and not"))
     return parser
 
 
@@ -89,6 +91,10 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="questions at a time")
 
 
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--passages", type=_count, nargs="+", default=[5, 10, 20, 50], help="default: %(default)s")
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run one command; the exit status."""
     options = build_parser(prog).parse_args(arguments)
@@ -108,7 +114,12 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     given = {name: getattr(options, name) for name in ("checkpoint", "base_model", "dtype", "device", "threads")}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    run = {"engine": commands.engine, "load": commands.load, "scaling": commands.scaling}[options.command]
+    run = {
+        "engine": commands.engine,
+        "load": commands.load,
+        "scaling": commands.scaling,
+        "cache": commands.cache,
+    }[options.command]
     return run(options, settings, _notify)
 
 

@@ -13,6 +13,7 @@ import httpx
 from core.errors import TooLargeError
 from core.model import Model
 from service.benchmark import engine as variants
+from service.benchmark.cache import cache_models, run_cache_case
 from service.benchmark.direct import answer_directly
 from service.benchmark.engine import Case, plan_cases, run_case
 from service.benchmark.load import Body, Outcome, closed_loop, connect, open_loop, require_loopback, summarise
@@ -21,7 +22,7 @@ from service.benchmark.questions import make_questions
 from service.benchmark.scaling import run_curve
 from service.benchmark.server import running_service
 from service.benchmark.statistics import paired_ratios
-from service.benchmark.tables import show_engine, show_load, show_scaling, show_setting
+from service.benchmark.tables import show_cache, show_engine, show_load, show_scaling, show_setting
 from service.benchmark.variants import VARIANTS
 from service.benchmark.vllm_variant import vllm_variants
 from service.loading import load_model
@@ -87,6 +88,20 @@ def load(options: argparse.Namespace, settings: Settings, notify: Notify) -> Res
         stack.enter_context(short_collections())
         result["loads"] = asyncio.run(_loads(url, options, settings, model, bodies, notify))
     return result, f"{show_setting(result)}\n\n{show_load(result)}"
+
+
+def cache(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
+    """`cache`: chunks unknown, known, and without a cache."""
+    if options.quick:
+        options.passages, options.repeats = options.passages[:1], 1
+    models = cache_models(settings)
+    result = _frame("cache", models[0], settings, options)
+    with short_collections():
+        result["cases"] = [
+            run_cache_case(models, count, options.passage_tokens, QUERY_TOKENS, options.repeats, notify)
+            for count in options.passages
+        ]
+    return result, f"{show_setting(result)}\n\n{show_cache(result)}"
 
 
 def _frame(command: str, model: Model, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:

@@ -91,6 +91,21 @@ def show_load(result: Entry) -> str:
     return table(headings, rows) + (f"\nerrors: {errors}" if errors else "")
 
 
+def show_cache(result: Entry) -> str:
+    """Times to compress one question's passages, and how many times faster."""
+    names = ("uncached", "cold", "warm")
+    shown = ("warm_over_cold", "warm_over_uncached", "cold_over_uncached", "query_once_over_each")
+    rows = []
+    for case in result["cases"]:
+        seconds = [f"{1000 * case['seconds'][name]['median']:.1f}" for name in names]
+        ratios = [case["ratios"][name] for name in shown]
+        spreads = [f"{each['median']:.2f} ({each['low']:.2f}-{each['high']:.2f})" for each in ratios]
+        rows.append((str(case["passages"]), *seconds, *spreads, f"{case['cache_bytes'] / 2**20:.1f}"))
+    headings = ("passages", *(f"{name} ms" for name in names), "cold/warm", "uncached/warm", "uncached/cold")
+    above = "Times to compress for one question; ratios over 1 are times faster. Query once: read once for all chunks."
+    return above + "\n" + table((*headings, "query each/once", "cache MiB"), rows)
+
+
 def show_scaling(result: Entry) -> str:
     """One row a curve and stage: the fitted slope and the exponent at its larger sizes."""
     rows = []

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, PretrainedConfig, Qwen2Config
 
-from core import row_passes
 from core.byte_lru import ByteLRU
 from core.compressors import NLayersCompressor
 from core.config import CompressorConfig, Config, GeneratorConfig
@@ -211,7 +210,7 @@ def test_a_query_read_once_for_all_its_chunks_changes_nothing(tiny_qwen3: Path, 
     model = tiny_model(tiny_qwen3, readout=readout, allocation="proportional")
     rows = rows_for(model, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_passes, "LEAST_SAVING", 0.0)
+        patch.setattr(model.compressor, "least_saving", 0.0)
         shared = compress_rows(model, rows)
-        patch.setattr(row_passes, "LEAST_SAVING", 2.0)
+        patch.setattr(model.compressor, "least_saving", 2.0)
         assert_same(shared, compress_rows(model, rows))

@@ -8,7 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from core.model import Model
+from core.checkpoint import save_checkpoint
+from core.config import CompressorConfig, Config, GeneratorConfig
+from core.model import Model, build_model
 from service.benchmark.__main__ import main
 from service.benchmark.direct import answer_directly
 from service.benchmark.load import Outcome, closed_loop, connect, open_loop, summarise
@@ -142,3 +144,21 @@ def test_a_service_that_is_not_there_is_counted() -> None:
     outcome = asyncio.run(load())
     assert outcome.errors == {"ConnectError": 3}
     assert summarise("none", [outcome])["latency_s"] is None
+
+
+def test_cache_compares_known_chunks_with_unknown(
+    root: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(
+        compressor=CompressorConfig(n_layers=2, chunk_tokens=64, order="document_first"),
+        generator=GeneratorConfig(base_model=str(tiny_llama)),
+    )
+    save_checkpoint(build_model(config), tmp_path / "documents")
+    (case,) = run("cache", tmp_path / "documents", tmp_path, "--passages", "3")["cases"]
+    assert case["cache_bytes"] > 0
+    assert set(case["seconds"]) == {"uncached", "cold", "warm", "query_once", "query_each"}
+    for ratio in ("warm_over_cold", "warm_over_uncached", "cold_over_uncached", "query_once_over_each"):
+        assert set(case["ratios"][ratio]) == SPREAD
+    assert "cold/warm" in capsys.readouterr().out
+    assert main(["cache", "--quick", "--checkpoint", str(root / "first"), "--output", str(tmp_path)]) == 2
+    assert "document_first" in capsys.readouterr().err
