@@ -183,10 +183,15 @@ def _check_record(record: GraphsRecord, model: Model, accelerator: Accelerator) 
             raise CheckpointError(f"graphs: {name}: were made for {expected}, and this is {actual}")
 
 
+def read_record(folder: Path) -> GraphsRecord:
+    """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
+    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
+    return _read_record(folder, f"{folder.name}@{digest[:12]}")
+
+
 def _reusable(folder: Path, model: Model, accelerator: Accelerator, dtype: torch.dtype) -> GraphsRecord:
     """The record of graphs that fit `model` too. Raises CheckpointError."""
-    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    record = _read_record(folder, f"{folder.name}@{digest[:12]}")
+    record = read_record(folder)
     same = {
         "accelerator": record.accelerator == accelerator.name,
         "dtype": DTYPES[record.dtype] == dtype,

@@ -132,7 +132,8 @@ def test_what_is_no_run_is_refused_with_a_reason(
         return capsys.readouterr().err
 
     assert "neither a checkpoint" in refused(str(tmp_path))
-    assert "Neuron is not there yet" in refused(str(finished_run), "--target", "neuron")
+    assert "pip.repos.neuron.amazonaws.com" in refused(str(finished_run), "--target", "neuron")  # no SDK here
+    assert "are for --target" in refused(str(finished_run), "--buckets", "8x256")
     best = finished_run / "best"
     model, adapter = trained
     (best / "config.json").write_text(
