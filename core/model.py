@@ -36,6 +36,7 @@ class Model:
     accelerated     runs rows in the compressor's place (`core.accelerators`); None: the compressor itself does
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
     golden  its checkpoint's golden example
+    quantized   whether its linear layers multiply in int8
     costs   what a token costs on this machine, for `auto` mode; None: not measured
     documents       what the compressor made of chunks, kept for other queries; None: nothing is kept
     """
@@ -49,8 +50,14 @@ class Model:
     name: str = "untrained"
     accelerated: Callable[[Sequence[ChunkRow], Embed], CompressorOutput] | None = None
     golden: "Golden | None" = None
+    quantized: bool = False
     costs: TokenCosts | None = None
     documents: DocumentCache | None = None
+
+    @property
+    def number_format(self) -> str:
+        """For people: "bfloat16", or "int8" where linear layers are quantised."""
+        return "int8" if self.quantized else str(self.generator.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from core.errors import ConfigError
 from core.model import Model, build_model
 from core.passages import Passage
 from core.policy import TokenCosts
+from core.quantization import quantise
 from core.sampling import GenerationOptions
 from service.settings import SHIPPED, Settings
 
@@ -46,6 +47,8 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     else:
         config = Config(generator=GeneratorConfig(base_model=settings.base_model))
         model = build_model(config, device=settings.device, dtype=dtype)
+    if settings.quantize is not None:
+        quantise(model)
     if settings.compressor_token_us is not None and settings.prefill_token_us is not None:
         model.costs = TokenCosts(settings.compressor_token_us / 1e6, settings.prefill_token_us / 1e6)
     if not model.config.trained:

@@ -33,7 +33,8 @@ class Settings(BaseSettings):
         default=1,
         ge=1,
         le=64,
-        description="processes that serve; each loads the weights and has every limit below, but for --threads, to itself",
+        description="processes that serve; each loads the weights and has every limit below, but for --threads, to "
+        "itself",
     )
 
     checkpoint: Path | None = Field(
@@ -67,6 +68,11 @@ class Settings(BaseSettings):
         default="auto",
         description="number format of the weights; auto: bfloat16 where the CPU or GPU computes in it and no graphs "
         "are used, else float32",
+    )
+    quantize: Literal["int8"] | None = Field(
+        default=None,
+        description="int8: linear layers multiply in int8, by torchao (the extra `int8`); the golden example is "
+        "compared with a wider tolerance",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of one operation, shared out among the workers; 0: torch decides"

@@ -50,6 +50,7 @@ def _shared_options() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, help="checkpoint folder (default: the shipped one, else an untrained model)")
     add("--base-model", help="generator of the untrained model (default: smollm2-135m)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: %(default)s")
+    add("--quantize", choices=("int8",), help="linear layers in int8, by torchao")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     add("--threads", type=int, default=0, help="threads of one operation on the CPU; 0: torch decides")
     add("--passage-tokens", type=_count, default=128, help="generator tokens of a passage (default: %(default)s)")
@@ -112,7 +113,9 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     # Late: these import torch, and --help should not take seconds.
     from service.benchmark import commands
 
-    given = {name: getattr(options, name) for name in ("checkpoint", "base_model", "dtype", "device", "threads")}
+    given = {
+        name: getattr(options, name) for name in ("checkpoint", "base_model", "dtype", "quantize", "device", "threads")
+    }
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     run = {
         "engine": commands.engine,

@@ -106,7 +106,8 @@ def cache(options: argparse.Namespace, settings: Settings, notify: Notify) -> Re
 
 def _frame(command: str, model: Model, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """The part of the JSON that every command has."""
-    hidden = ("key", "command", "checkpoint", "output", "base_model", "dtype", "device")  # secret, or told elsewhere
+    # Secret, or told elsewhere.
+    hidden = ("key", "command", "checkpoint", "output", "base_model", "dtype", "quantize", "device")
     return {
         "command": command,
         "machine": describe_machine(model.device),

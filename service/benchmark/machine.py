@@ -65,7 +65,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "chunk_tokens": compressor.chunk_tokens,
         "query_tokens": compressor.query_tokens,
         "hybrid_top": model.config.prompt.hybrid_top,
-        "dtype": str(model.generator.dtype).removeprefix("torch."),
+        "dtype": model.number_format,
         "kv_bytes_per_token": _kv_bytes(model),
     }
 

@@ -87,7 +87,7 @@ def namespace_of(model: Model) -> str:
     are its base model's.
     """
     dtype = str(model.compressor.slots.dtype)
-    parts = (str(FORMAT), model.name, model.base.sha256, dtype, dump_config(model.config))
+    parts = (str(FORMAT), model.name, model.base.sha256, dtype, model.number_format, dump_config(model.config))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -75,8 +75,7 @@ async def get_model(model: str, engine: ThisEngine) -> ModelCard:
 def model_card(engine: Engine, name: str) -> ModelCard:
     """The active version under one of its names."""
     assert engine.active is not None  # whoever has a name of it has found it there
-    dtype = str(engine.active.model.generator.dtype).removeprefix("torch.")
-    return ModelCard(id=name, created=STARTED, dtype=dtype)
+    return ModelCard(id=name, created=STARTED, dtype=engine.active.model.number_format)
 
 
 def model_names(engine: Engine) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the settings make of a checkpoint: its number format."""
+"""What the settings make of a checkpoint: its number format, and int8."""
 
 from pathlib import Path
 
@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from core.compute_dtype import best_dtype
+from core.errors import CheckpointError
+from core.passages import Passage
+from core.pipeline import compress, prepare
+from core.quantization import TOLERANCE
 from service.loading import load_model
-from tests.service.calls import answer
+from tests.service.calls import QUERY, answer
 from tests.service.conftest import Serve, make_settings
 
 
@@ -23,3 +27,23 @@ def test_a_service_says_what_it_computes_in(serve: Serve, root: Path) -> None:
     with serve(model) as client:
         assert {card["dtype"] for card in client.get("/v1/models").json()["data"]} == {"bfloat16"}
         assert answer(client, mode="auto")["usage"]["completion_tokens"] >= 1
+
+
+def test_int8_is_checked_against_the_golden_example_and_answers(serve: Serve, root: Path) -> None:
+    pytest.importorskip("torchao")
+    exact = load_model(make_settings(checkpoint=root / "first"))
+    model = load_model(make_settings(checkpoint=root / "first", quantize="int8"))
+    request = prepare(model, QUERY, [Passage("Iron melts at 1538 degrees.")])
+    memory, expected = (compress(each, [request])[0][0].memory for each in (model, exact))
+    assert not torch.equal(memory, expected)
+    assert (memory - expected).norm() < TOLERANCE * expected.norm()
+    with serve(model) as client:
+        assert {card["dtype"] for card in client.get("/v1/models").json()["data"]} == {"int8"}
+        assert answer(client, mode="hybrid")["usage"]["completion_tokens"] >= 1
+
+
+def test_int8_that_is_too_far_off_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("core.quantization.TOLERANCE", 1e-6)
+    with pytest.raises(CheckpointError, match="golden example"):
+        load_model(make_settings(checkpoint=root / "first", quantize="int8"))
