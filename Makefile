@@ -46,6 +46,12 @@ test: setup ## set up, then types, lint, format and the whole test suite
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
 
+# 7 GB: PyPI's torch 2.9 brings the CUDA libraries and does not load without them.
+test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the compressor's graphs, and training for Trainium
+	test -x $(VENV)-xla/bin/python || $(PYTHON) -m venv $(VENV)-xla
+	$(VENV)-xla/bin/python -m pip install -qq --requirement requirements/xla-cpu-test.txt
+	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest tests/xla tests/training/test_devices.py -k xla
+
 lint: $(STAMP) ## types, lint and format only
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m ruff check .
