@@ -24,10 +24,11 @@ from service.errors import error_body, error_response, plain_response, validatio
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, RequestContext
 from service.settings import Settings
-from service.tracing import open_tracing
+from service.tracing import Tracing, open_tracing
 from service.versions import Versions
 
 log = logging.getLogger(__name__)
+ROUTERS = (health.router, routes.router, rerank.router, openai.router, admin.router, web_page.router)
 MESSAGES = {404: "there is nothing at this path", 405: "this path does not take this method"}
 
 
@@ -77,24 +78,20 @@ def create_app(
         redoc_url=None,
         docs_url=None,
     )
-    routers = (
-        health.router,
-        routes.router,
-        rerank.router,
-        openai.router,
-        admin.router,
-        web_page.router,
-    )
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
     _handle_errors(app, settings, metrics)
-    # The last one added is the outermost.
+    _add_middleware(app, settings, metrics, tracing)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing | None) -> None:
+    """The last one added is the outermost."""
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
     app.add_middleware(DialectErrors)
-    paths = frozenset(route.path for router in routers for route in router.routes if isinstance(route, APIRoute))
+    paths = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(RequestContext, metrics=metrics, paths=paths, tracing=tracing)
-    return app
 
 
 async def _start(checkpoints: CheckpointControl, versions: Versions, model: Model | None) -> None:
