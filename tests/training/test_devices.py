@@ -21,11 +21,15 @@ def test_the_benchmark_prints_rates_from_one_run(
     config = write_run(tmp_path, settings(tiny_llama, tiny_bert, loop={"epochs": 2}))
     capsys.readouterr()
     assert main(["benchmark", str(config), "--steps", "3"]) == 0
-    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures, sentence = capsys.readouterr().out.splitlines()[-2:]
+    measured = json.loads(figures)
     assert measured["steps"] == 3
     assert 0 <= measured["padding_share"] < 1
-    assert measured["tokens_per_s"] > 0
-    assert 0 < measured["ratio"] < 3
+    assert 0 < measured["loop_tokens_per_s"] <= measured["loop_positions_per_s"]
+    assert 0 < measured["share_of_bare"] < 3
+    for rate in (measured["loop_positions_per_s"], measured["bare_positions_per_s"]):
+        assert f"{rate:.0f} positions/s" in sentence
+    assert f"{measured['share_of_bare']:.1%} (goal 80%)" in sentence
     assert not (tmp_path / "last").exists()
 
 
