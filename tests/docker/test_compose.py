@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = ("service-cpu", "service-gpu")
+OURS = ("service-cpu", "service-gpu", "service-vllm")
+FETCHING = ("service-cpu", "service-gpu")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 # What uvicorn gives connections beyond the drain, and the worker's thread to end (service/__main__.py, engine.py).
 AFTER_DRAIN_SECONDS = 10
@@ -37,7 +38,7 @@ def gibibytes(text: str) -> int:
 
 def test_profiles_are_those_documented() -> None:
     profiles = {profile for service in SERVICES.values() for profile in service["profiles"]}
-    assert profiles == {"cpu", "gpu", "training", "monitoring"}
+    assert profiles == {"cpu", "gpu", "vllm", "training", "monitoring"}
     assert all(f"`{profile}`" in (ROOT / "docker/README.md").read_text() for profile in profiles)
 
 
@@ -72,7 +73,7 @@ def test_loaded_models_fit_the_memory_limit(service: str) -> None:
     limits = SERVICES[service]["deploy"]["resources"]["limits"]
     models = int(with_defaults(environment_of(service)["SCALEDOWN_MAX_MODEL_BYTES"] or "0"))
     stored = Settings.model_fields["store_bytes"].default + Settings.model_fields["max_buffered_bytes"].default
-    if service == "service-cpu":  # on a GPU the models are in its own memory
+    if service != "service-gpu":  # on a GPU the models are in its own memory
         assert models + stored < gibibytes(limits["memory"])
     assert int(limits["pids"]) > 0
     assert limits["cpus"]
@@ -117,7 +118,7 @@ def test_mounted_files_and_volumes_exist(service: str) -> None:
             assert source in COMPOSE["volumes"]
 
 
-@pytest.mark.parametrize("service", OURS)
+@pytest.mark.parametrize("service", FETCHING)
 def test_only_the_fetch_may_write_base_models(service: str) -> None:
     fetch = service.replace("service", "base-model")
     assert SERVICES[service]["depends_on"] == {fetch: {"condition": "service_completed_successfully"}}
@@ -136,9 +137,26 @@ def test_secrets_are_files_and_settings() -> None:
         assert not {"SCALEDOWN_API_KEYS", "SCALEDOWN_ADMIN_KEY"} & set(environment_of(service))
 
 
-@pytest.mark.parametrize("service", ["service-gpu", "training"])
+@pytest.mark.parametrize("service", ["service-gpu", "training", "vllm"])
 def test_gpus_are_reserved(service: str) -> None:
     [device] = SERVICES[service]["deploy"]["resources"]["reservations"]["devices"]
     assert device["driver"] == "nvidia"
     assert device["capabilities"] == ["gpu"]
     assert device["count"]
+
+
+def test_vllm_serves_the_services_own_checkpoint_to_nobody_else() -> None:
+    vllm, service, ours = SERVICES["vllm"], SERVICES["service-vllm"], environment_of("service-vllm")
+    options = dict(with_defaults(option).removeprefix("--").partition("=")[::2] for option in vllm["command"])
+    assert "enable-prompt-embeds" in options
+    assert with_defaults(ours["SCALEDOWN_CHECKPOINT"] or "") == "checkpoints/merged"
+    assert options["model"] == "/checkpoints/merged/generator"
+    assert vllm["volumes"] == ["./checkpoints:/checkpoints:ro"]
+    assert ours["SCALEDOWN_GENERATOR_URL"] == f"http://vllm:{options['port']}/v1"
+    assert ours["SCALEDOWN_GENERATOR_MODEL"] == options["served-model-name"]
+    assert "ports" not in vllm  # embeddings are read as torch files: only the service may send some
+    assert service["depends_on"] == {"vllm": {"condition": "service_healthy"}}
+    assert f":{options['port']}/health" in vllm["healthcheck"]["test"][-1]
+    assert float(options["shutdown-timeout"]) < 60
+    assert vllm["stop_grace_period"] == "60s"
+    assert int(options["max-num-seqs"]) >= Settings.model_fields["max_requests"].default
