@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from core.model import Model
 from training.batches import TrainExample
 
 DEVICES = ("auto", "trainium")
+M = TypeVar("M", bound=nn.Module)
 
 
 class Runtime(Protocol):
@@ -50,6 +51,10 @@ class Runtime(Protocol):
     def clip_gradients(self, parameters: Iterable[nn.Parameter], most: float) -> float:
         """Scale gradients to a norm of at most `most`; returns the norm before."""
         return float(nn.utils.clip_grad_norm_(list(parameters), most))
+
+    def for_evaluation(self, module: M) -> M:
+        """What the dev set is evaluated with: the module itself, or a copy where it cannot be."""
+        return module
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """Lower precision for the forward pass; master weights stay float32."""

@@ -128,7 +128,7 @@ def keep_best(
 ) -> None:
     """Evaluate on dev and write `best/` where this is the best so far."""
     with runtime.autocast(config.loop.precision), runtime.gathered():
-        scores = task.evaluate(objective)
+        scores = task.evaluate(runtime.for_evaluation(objective))
     log.write(progress.step, "dev", scores)
     score = dev_score(scores)
     progress.scores = scores

@@ -1,8 +1,10 @@
 """The training runtime on AWS Trainium (or any XLA device), through torch_xla. The loop does not know it.
 
-Not run on Trainium hardware. Its test runs on XLA's CPU device, in an environment of its own with torch_xla:
+Not run on Trainium hardware. Its test runs on XLA's CPU device, in an environment of its own: `make test-xla`. Losses
+are those of the CPU, but batches are as long as their rows: every new shape is compiled, which takes Neuron's compiler
+minutes. Before it is of use there, rows have to be padded to a few lengths.
 
-    PJRT_DEVICE=CPU python -m pytest tests/training/test_devices.py
+Where torch_xla is installed, accelerate takes it for every device, also for `auto`, unless USE_TORCH_XLA=false is set.
 """
 
 from collections.abc import Iterable
@@ -35,6 +37,11 @@ class XlaRuntime(Runtime):
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world = xr.world_size()
+
+    def for_evaluation(self, module: M) -> M:
+        """A copy on the CPU: answers are written in inference mode, which lazy tensors lack, and in ever new shapes."""
+        torch_xla.sync()
+        return copy.deepcopy(module).to("cpu")
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """bfloat16 autocast where `precision` is bf16."""
