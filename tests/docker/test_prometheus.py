@@ -101,6 +101,7 @@ def prometheus(service: httpx.Client, tmp_path_factory: pytest.TempPathFactory) 
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS, trust_env=False) as client:
+            wait_for(lambda: client.get("/-/ready").status_code == 200, "Prometheus is ready")
             wait_for(lambda: query(client, 'up{job="scaledown"} == 1'), "Prometheus scrapes the service")
             refuse_checkpoint(service)
             end = time.monotonic() + 5  # several scrapes, so that rates have something to compare

@@ -98,13 +98,14 @@ def log_lines() -> Iterator[list[dict[str, Any]]]:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logger = logging.getLogger("service")
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)  # not `.level`: loggers remember what is enabled
     logger.addHandler(handler)
     try:
         yield lines
     finally:
         logger.removeHandler(handler)
-        logger.level = level
+        logger.setLevel(level)
         lines += [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
