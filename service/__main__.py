@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from core.errors import ScaledownError
-from service.logs import configure_logging
+from service.logs import configure_logging, take_over
 from service.settings import PREFIX, Settings, check_environment, explain
 from service.tracing import configured
 
@@ -81,13 +81,16 @@ def serve(
     settings: Settings, checkpoints: "CheckpointControl | None" = None, sockets: list[socket.socket] | None = None
 ) -> None:
     """Serve in this process until told to stop. Several workers share `sockets`, and who decides on `checkpoints`."""
-    # Late: these import torch, and --help should not take seconds.
+    # Late: --help should not take seconds. Every line of the log is JSON, also torch's, which what follows may cause.
+    import torch  # noqa: F401  # sets up its log when it is imported
+
+    take_over("torch")
     from transformers.utils.logging import disable_progress_bar
 
     from service.app import create_app
     from service.server import Server
 
-    disable_progress_bar()  # every line of the log is JSON
+    disable_progress_bar()
     Server(create_app(settings, checkpoints=checkpoints), settings).run(sockets)
 
 

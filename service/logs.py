@@ -65,3 +65,10 @@ def configure_logging(level: str, worker: int | None = None) -> None:
     logging.captureWarnings(True)
     for noisy in ("uvicorn.access", "httpx"):  # every request is logged once, by our own middleware
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def take_over(library: str) -> None:
+    """Send the lines of a library that writes to standard error by itself the way of all others, once imported."""
+    logger = logging.getLogger(library)
+    logger.handlers.clear()
+    logger.propagate = True

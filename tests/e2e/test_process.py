@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,17 @@ def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def running(checkpoint: Path, **values: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, list[str]]]:
-    """A process that serves `checkpoint`, a client of it, and its log so far."""
+def running(
+    checkpoint: Path, *, command: Sequence[str] = ("-m", "service"), **values: str
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, list[str]]]:
+    """A process that serves `checkpoint`, a client of it, and its log so far. `values` are settings."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SCALEDOWN_")}
     own = {f"SCALEDOWN_{name.upper()}": value for name, value in {"dtype": "float32", **values}.items()}
     environment = {**inherited, **own, "SCALEDOWN_CHECKPOINT": str(checkpoint), "SCALEDOWN_PORT": str(port)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        [sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
     log: list[str] = []
     reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
