@@ -55,8 +55,9 @@ class LossConfig:
 
     answer            cross entropy on the target answer's tokens
     kl                divergence from the teacher's stored top-k logits, at `kl_temperature`
-    relevance         on relevance scores, the paper's lambda; `relevance_kind`: `mse` to a teacher reranker's scores
-                      (the paper), `bce` or `bce_listwise` to 0/1 labels
+    relevance         on relevance scores, a mean over passages: the paper's lambda, on a sum, times its 5 passages is
+                      0.25; `relevance_kind`: `mse` to a teacher reranker's scores (the paper), `bce` or `bce_listwise`
+                      to 0/1 labels
     alignment         pointer readout only: minus log of the probability that a pointer finds the answer's tokens
     """
 

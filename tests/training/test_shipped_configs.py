@@ -84,7 +84,8 @@ def test_paper_configs_hold_the_papers_numbers(name: str) -> None:
     assert (optimizer.warmup, optimizer.weight_decay, optimizer.clip_norm) == (0.05, 0.1, 1.0)
     assert (config.loop.batch_size, config.loop.epochs, config.loop.max_steps) == (128, 1, None)
     assert (config.data.passages, config.data.answer_tokens) == (5, 128)
-    assert (config.loss.relevance, config.loss.relevance_kind, config.loss.kl) == (0.05, "mse", 0.0)
+    assert config.loss.relevance == 0.05 * config.data.passages  # the paper sums over passages, here it is a mean
+    assert (config.loss.answer, config.loss.relevance_kind, config.loss.kl) == (1.0, "mse", 0.0)
     assert (compressor.chunk_tokens, compressor.rates, compressor.memory_tokens(128, 16)) == (128, (16,), 8)
     assert (compressor.readout, compressor.order, compressor.projection_dim) == ("memory", "query_first", 8096)
     layers = re.fullmatch(r"paper-.*-n(\d+)", name)
