@@ -38,21 +38,30 @@ class Journal:
         self._file.close()
 
     def _read(self, settings: dict[str, Any]) -> None:
-        """Take in what is there, cut off what is torn, and begin the file where nothing is left."""
+        """Take in what is there, cut off what is torn, and begin the file where nothing is left.
+
+        One of other settings without a single block is begun anew: its work ended before it did anything, as it does
+        where a teacher's name is wrong.
+        """
         self._file.seek(0)
         kept = 0
+        found: Any = settings
         for number, line in enumerate(self._file):
             try:
                 if not line.endswith(b"\n"):
                     break
                 values = parse_json_line(line)
                 if number == 0:
-                    self._require_same(values.get("settings"), settings)
+                    found = values.get("settings")
                 else:
                     self._remember(parse_row(row, TRUSTED) for row in parse_list(values, "rows"))
             except RowError:
                 break  # a torn write: this block and what follows is done again
             kept += len(line)
+        if found != settings:
+            if self.rows:
+                raise self._other_settings(found, settings)
+            kept = 0
         self._file.truncate(kept)
         if kept == 0:
             self._append(json.dumps({"settings": settings}, sort_keys=True))
@@ -78,12 +87,10 @@ class Journal:
         except OSError as error:
             raise DataError(f"{self._path.name}: cannot be written: {error.strerror or error}") from None
 
-    def _require_same(self, found: Any, wanted: dict[str, Any]) -> None:
-        if found == wanted:
-            return
+    def _other_settings(self, found: Any, wanted: dict[str, Any]) -> ConfigError:
         old = found if isinstance(found, dict) else {}
         changed = sorted(key for key in old.keys() | wanted.keys() if old.get(key) != wanted.get(key))
-        raise ConfigError(
+        return ConfigError(
             f"{self._path}: was begun with other settings ({', '.join(changed)}); "
             "go on with those, or delete the file to begin anew"
         )

@@ -231,13 +231,22 @@ def test_the_command_labels_scores_and_leaves_no_journal(
 def test_other_settings_never_go_on_from_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "rows.jsonl", tmp_path / "labelled.jsonl"
     write_rows(data, ROWS)
-    with Journal(out.with_name("labelled.jsonl.journal"), {"teacher": "another"}):
-        pass
+    with Journal(out.with_name("labelled.jsonl.journal"), {"teacher": "another"}) as journal:
+        journal.add(ROWS[:1])
     assert main(["label", "--data", str(data), "--teacher", "x", "--endpoint", "http://x/v1", "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert "was begun with other settings" in error
     assert "teacher" in error
     assert not out.exists()
+
+
+def test_after_a_wrong_teacher_the_right_one_begins(tiny_llama: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "labelled.jsonl"
+    write_rows(data, ROWS)
+    arguments = ["label", "--data", str(data), "--max-new-tokens", "2", "--out", str(out)]
+    assert main([*arguments, "--teacher", str(tmp_path / "mistyped")]) == 1
+    assert main([*arguments, "--teacher", str(tiny_llama)]) == 0
+    assert out.exists()
 
 
 def test_without_a_teacher_gold_answers_stay_and_relevance_is_scored(reranker: Path, tmp_path: Path) -> None:
