@@ -32,9 +32,10 @@ PASSAGES = (
 )
 ANSWER_TOKENS = 16
 GREEDY = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
-# Largest difference from the recorded outputs that a load accepts. Measured with SmolLM2-135M on a CPU: 0 in float32
-# with another number of threads; in bfloat16 0.002 to 0.05. A GPU that multiplies in TF32 keeps 10 bits of 23.
-TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.15, torch.float16: 0.15}
+# Largest difference from the recorded outputs that a load accepts. Measured on a CPU: 0 in float32 with another number
+# of threads; bfloat16 0.002 to 0.05 with SmolLM2-135M, 0.036 with the demo checkpoint; float16 0.006. Noise of a tenth
+# of the compressor's weights is 0.16 off, a fiftieth 0.05. A GPU that multiplies in TF32 keeps 10 bits of 23.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)

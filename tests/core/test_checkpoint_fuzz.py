@@ -29,7 +29,9 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 NUMBERS = st.integers(-(2**70), 2**70) | st.sampled_from([0, -1, 2**31, 2**63, 2**64 - 1, 10**30])
-VALUES = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8) | st.just([]) | st.just({})
+VALUES: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8) | st.just([]) | st.just({})
+)
 
 
 def load_or_refuse(folder: Path) -> None:
