@@ -28,6 +28,11 @@ from training.trainee import build_trainee
 
 Shape = tuple[nn.Module, tuple[int, ...]]
 GOAL = 0.8  # share of the bare speed that the loop is to reach
+EXAMPLES = """\
+examples:
+  # nothing else may run beside it
+  python -m training benchmark training/configs/smollm2-cpu.yaml data.train=data/train.jsonl data.dev=data/dev.jsonl
+"""
 
 
 @contextmanager
@@ -110,6 +115,8 @@ def measure(config: TrainConfig, steps: int, runtime: Runtime) -> dict[str, floa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m training benchmark`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("config", type=Path, help="the settings of a training run")
     parser.add_argument("overrides", nargs="*", help="settings to change, as a.b=c")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default 10)")

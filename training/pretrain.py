@@ -46,6 +46,15 @@ INSTRUCTIONS: dict[Kind, tuple[str, ...]] = {
     ),
 }
 
+EXAMPLES = """\
+examples:
+  # texts first, then questions
+  python -m training pretrain training/configs/paper-mistral-7b-modernbert.yaml --out runs/texts \\
+      data.train=data/texts.jsonl.gz data.dev=data/texts-dev.jsonl.gz
+  python -m training train training/configs/paper-mistral-7b-modernbert.yaml --out runs/questions \\
+      start=runs/texts/best data.train=data/train.jsonl.gz data.dev=data/dev.jsonl.gz
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -142,10 +151,10 @@ def pretrain_config(config: TrainConfig) -> TrainConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m training pretrain`."""
     parser.description = (
-        "Auto-encoding and continuation on texts (JSONL with `text` and `title`, .gz or not) before `train`, which "
+        "Auto-encoding and continuation on texts (JSONL with `text` and `title`, .gz or not) before `train`, which\n"
         "goes on from it with start=RUN/best. Takes the same settings; data.train and data.dev are the texts."
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,6 +26,19 @@ from training.step import schedule, summarise, train_step, update
 from training.task import Task, load_examples, question_task
 from training.trainee import build_trainee
 
+EXAMPLES = """\
+examples:
+  # a shipped config on your own rows; the same line again goes on where it was stopped
+  python -m training train training/configs/smollm2-cpu.yaml --out runs/first \\
+      data.train=data/train.jsonl data.dev=data/dev.jsonl
+  # some settings changed, beginning from the best state of another run
+  python -m training train training/configs/smollm2-cpu.yaml --out runs/second start=runs/first/best \\
+      loop.epochs=3 optimizer.generator_lr=2e-4
+  # over the GPUs of a machine; fsdp-gpu.yaml shards the layers too
+  accelerate launch --config_file training/configs/accelerate/ddp-gpu.yaml -m training train \\
+      training/configs/paper-mistral-7b-n8.yaml --out runs/mistral
+"""
+
 
 class Stop:
     """While inside, SIGTERM and SIGINT only set `requested`: the loop saves and ends after the step it is in."""
@@ -159,11 +172,13 @@ def save_last(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m training train`."""
     parser.description = "Train a compressor and the generator's LoRA. Run it again with the same --out to resume."
-    add_run_arguments(parser)
+    add_run_arguments(parser, EXAMPLES)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, examples: str) -> None:
     """What every command that runs the loop is told."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = examples
     parser.add_argument("config", type=Path, help="a YAML file, e.g. training/configs/smollm2-cpu.yaml")
     parser.add_argument("overrides", nargs="*", help="settings to change, as a.b=c (data.train=rows.jsonl)")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; an unfinished run there is resumed")

@@ -10,7 +10,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
-    assert f"python -m training {command}" in capsys.readouterr().out
+    usage, _, examples = capsys.readouterr().out.partition("\nexamples:\n")
+    assert f"python -m training {command}" in usage
+    assert f"-m training {command} " in examples
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["init", "--unknown"]])
