@@ -59,6 +59,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m training
     except ScaledownError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder that cannot be made: to be mended outside of the program
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -1,7 +1,10 @@
 """`python -m training`: what every command has in common."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.tiny_training import settings, write_run
 from training.__main__ import COMMANDS, main
 
 
@@ -29,3 +32,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    assert main(["train", str(config), "--out", str(out)]) == 1
+    assert f"error: {out}: Not a directory" in capsys.readouterr().err
