@@ -57,6 +57,10 @@ lint: $(STAMP) ## types, lint and format only
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+.PHONY: docs
+docs: $(STAMP) ## build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 format: $(STAMP) ## rewrite the sources in the project's format
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
