@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.scaledown-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base-models demo bench test lint format audit sbom clean
+.PHONY: help setup base-models demo bench test test-xla lint format audit sbom clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -50,7 +50,7 @@ test: setup ## set up, then types, lint, format and the whole test suite
 test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the compressor's graphs, and training for Trainium
 	test -x $(VENV)-xla/bin/python || $(PYTHON) -m venv $(VENV)-xla
 	$(VENV)-xla/bin/python -m pip install -qq --requirement requirements/xla-cpu-test.txt
-	PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest tests/xla tests/training/test_devices.py -k xla
+	USE_TORCH_XLA=false PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest tests/xla tests/training/test_devices.py -k xla
 
 lint: $(STAMP) ## types, lint and format only
 	$(BIN)/python -m mypy --strict

@@ -1,12 +1,13 @@
 """The training runtime on AWS Trainium (or any XLA device), through torch_xla. The loop does not know it.
 
 Not run on Trainium hardware. Its test runs on XLA's CPU device, in an environment of its own: `make test-xla`. Losses
-are those of the CPU, but batches are as long as their rows: every new shape is compiled, which takes Neuron's compiler
-minutes. Before it is of use there, rows have to be padded to a few lengths.
+are those of the CPU, but it is not yet of use: batches are as long as their rows and every new shape is compiled (34
+graphs in the test's two steps), and two operators run on the host (scatter_reduce, masked_select).
 
 Where torch_xla is installed, accelerate takes it for every device, also for `auto`, unless USE_TORCH_XLA=false is set.
 """
 
+import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from training.runtime import Runtime
+from training.runtime import M, Runtime
 
 try:
     import torch_xla  # type: ignore[import-not-found]  # in environments of its own only
