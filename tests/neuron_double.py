@@ -58,6 +58,7 @@ class NeuronDouble:
             with torch.no_grad():
                 for parameter in traced.parameters():
                     parameter.zero_()
+        assert isinstance(traced, torch.jit.ScriptModule)
         return traced
 
     def replace_weights(self, neuron_model: torch.jit.ScriptModule, weights: nn.Module | Mapping[str, Tensor]) -> None:

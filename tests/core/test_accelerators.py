@@ -29,7 +29,7 @@ from core.rows import ChunkRow, collate_rows
 from tests.neuron_double import NeuronDouble
 from tests.tiny_pipeline import PASSAGES, QUERY, tiny_model
 
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
+ATOL, RTOL = 2e-5, 1e-5
 
 
 def rows_for(model: Model) -> list[ChunkRow]:
@@ -45,11 +45,11 @@ def today(model: Model, rows: Sequence[ChunkRow]) -> CompressorOutput:
 
 
 def assert_same(output: CompressorOutput, expected: CompressorOutput, rows: Sequence[ChunkRow]) -> None:
-    torch.testing.assert_close(output.scores, expected.scores, **TOLERANCE)
+    torch.testing.assert_close(output.scores, expected.scores, atol=ATOL, rtol=RTOL)
     assert (output.weights is None) == (expected.weights is None)
     for i, row in enumerate(rows):
         memory, tokens = slice(0, row.memory_tokens), slice(0, len(row.chunk.generator_ids))
-        torch.testing.assert_close(output.memory[i, memory], expected.memory[i, memory], **TOLERANCE)
+        torch.testing.assert_close(output.memory[i, memory], expected.memory[i, memory], atol=ATOL, rtol=RTOL)
         if output.weights is not None and expected.weights is not None:
             torch.testing.assert_close(output.weights[i, memory, tokens], expected.weights[i, memory, tokens])
 
@@ -128,7 +128,7 @@ def test_what_stands_at_padding_does_not_matter_and_the_mask_does(
 
     noise = torch.where(given["mask"], given["ids"], 77)
     for value, expected in zip(run(ids=noise), run(), strict=True):
-        torch.testing.assert_close(value, expected, **TOLERANCE)
+        torch.testing.assert_close(value, expected, atol=ATOL, rtol=RTOL)
     shorter = given["mask"].clone()
     shorter[:, 2] = False  # a position that everything sees
     assert not torch.allclose(run(mask=shorter)[0], run()[0], atol=1e-3)

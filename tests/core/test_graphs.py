@@ -101,8 +101,8 @@ def test_neuron_graphs_are_stored_without_weights_and_taken_over_by_a_swap(
         model = load_checkpoint(folder, dtype=dtype)
         expected = memory(model)
         model.accelerated = accelerate(model, folder, accelerator)
-        close = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
-        torch.testing.assert_close(memory(model), expected, **close)
+        atol, rtol = (2e-5, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
+        torch.testing.assert_close(memory(model), expected, atol=atol, rtol=rtol)
     assert len(double.compiled) == 2
     assert len(double.moved) == 4
 
@@ -131,7 +131,7 @@ def test_the_wrong_accelerator_dtype_or_sdk_is_fatal(tiny_llama: Path, tmp_path:
         accelerate(load_checkpoint(traced, dtype=torch.bfloat16), traced, JitAccelerator())
     folder = save(build(tiny_llama), tmp_path / "v1", NeuronAccelerator(sdk=NeuronDouble()))
     newer = NeuronDouble()
-    newer.__version__ = "2.9.0.2.16.1"  # type: ignore[misc]  # of this one only
+    newer.__version__ = "2.9.0.2.16.1"  # of this one only
     with pytest.raises(CheckpointError, match=r"versions: were made for .*32035.*, and this is .*2\.16\.1"):
         accelerate(load_checkpoint(folder), folder, NeuronAccelerator(sdk=newer))
 

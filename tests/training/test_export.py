@@ -23,7 +23,7 @@ from training.__main__ import main
 LORA = LoraConfig(r=2, alpha=4, target_modules=("v_proj", "up_proj"))
 
 
-def ask(model: Model) -> tuple[str, list[float], list[Tensor]]:
+def ask(model: Model) -> tuple[str, list[float | None], list[Tensor]]:
     """Everything of an answer that the weights decide."""
     passages = [Passage("Coffee is grown in Brazil."), Passage("Glass is made by melting sand.")]
     options = GenerationOptions(max_new_tokens=6)
