@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = ("service-cpu", "service-gpu", "service-vllm")
-FETCHING = ("service-cpu", "service-gpu")
+OURS = ("service-cpu", "service-gpu", "service-vllm", "service-neuron")
+FETCHING = ("service-cpu", "service-gpu", "service-neuron")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 # What uvicorn gives connections beyond the drain, and the worker's thread to end (service/__main__.py, engine.py).
 AFTER_DRAIN_SECONDS = 10
@@ -38,7 +38,7 @@ def gibibytes(text: str) -> int:
 
 def test_profiles_are_those_documented() -> None:
     profiles = {profile for service in SERVICES.values() for profile in service["profiles"]}
-    assert profiles == {"cpu", "gpu", "vllm", "training", "monitoring"}
+    assert profiles == {"cpu", "gpu", "vllm", "neuron", "training", "training-neuron", "monitoring"}
     assert all(f"`{profile}`" in (ROOT / "docker/README.md").read_text() for profile in profiles)
 
 
@@ -97,7 +97,8 @@ def test_images_have_an_exact_tag_or_are_built_here(service: str) -> None:
         assert (ROOT / given["build"]["dockerfile"]).is_file()
         dockerfile = (ROOT / given["build"]["dockerfile"]).read_text()
         assert re.search(rf" AS {given['build']['target']}$", dockerfile, re.MULTILINE)
-        assert f" AS environment-{given['build']['args']['ACCELERATOR']}\n" in dockerfile
+        accelerator = given["build"].get("args", {}).get("ACCELERATOR")
+        assert accelerator is None or f" AS environment-{accelerator}\n" in dockerfile
     else:
         assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+", given["image"])
 
@@ -143,6 +144,12 @@ def test_gpus_are_reserved(service: str) -> None:
     assert device["driver"] == "nvidia"
     assert device["capabilities"] == ["gpu"]
     assert device["count"]
+
+
+@pytest.mark.parametrize("service", ["service-neuron", "training-neuron"])
+def test_neuron_devices_are_mounted(service: str) -> None:
+    assert SERVICES[service]["devices"] == ["/dev/neuron0:/dev/neuron0"]
+    assert service == "training-neuron" or environment_of(service)["SCALEDOWN_ACCELERATOR"] == "neuron"
 
 
 def test_vllm_serves_the_services_own_checkpoint_to_nobody_else() -> None:
