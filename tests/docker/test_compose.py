@@ -152,6 +152,12 @@ def test_neuron_devices_are_mounted(service: str) -> None:
     assert service == "training-neuron" or environment_of(service)["SCALEDOWN_ACCELERATOR"] == "neuron"
 
 
+def test_graphs_are_compiled_with_the_sdk_they_are_served_with() -> None:
+    dockerfile = (ROOT / "docker" / "neuron.Dockerfile").read_text()
+    [served] = re.findall(r"^ARG SERVICE_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
+    assert SERVICES["export-neuron"]["build"]["args"]["TRAINING_IMAGE"] == served
+
+
 def test_vllm_serves_the_services_own_checkpoint_to_nobody_else() -> None:
     vllm, service, ours = SERVICES["vllm"], SERVICES["service-vllm"], environment_of("service-vllm")
     options = dict(with_defaults(option).removeprefix("--").partition("=")[::2] for option in vllm["command"])
