@@ -17,9 +17,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from core.config import Mode
 from core.costs import Stages
-from core.decoding import DecodeBatch, read_prefix
+from core.decoding import DecodeBatch
 from core.errors import TooLargeError
-from core.kv_slots import Prefix
 from core.model import Model
 from core.pipeline import PreparedRequest, build_prompt, compress, passage_text_ids, prepare
 from core.planning import choose_modes
@@ -94,10 +93,9 @@ class _EnterDecode(StoppingCriteria):
 
 def run_engine(model: Model, questions: Sequence[Question], new_tokens: int, stages: Stages, *, mode: Mode) -> Work:
     """Our engine. In `text` mode the compressor does not run, since nothing needs it."""
-    prefix = read_prefix(model.generator, model.template.prefix)  # not timed: a service reads it once
     prompts = build_prompts(model, questions, stages, mode)
     stages.enter("prefill")
-    sequences = write_answers(model, prompts, new_tokens, stages, prefix)
+    sequences = write_answers(model, prompts, new_tokens, stages)
     stages.end()
     return Work([prompt.tokens for prompt in prompts], sequences)
 
@@ -122,13 +120,11 @@ def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
     return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
-def write_answers(
-    model: Model, prompts: Sequence[Prompt], new_tokens: int, stages: Stages, prefix: Prefix | None = None
-) -> list[list[int]]:
+def write_answers(model: Model, prompts: Sequence[Prompt], new_tokens: int, stages: Stages) -> list[list[int]]:
     """Prefill all prompts as one batch, then decode it; enters `decode` once the first tokens are there."""
     longest = max(prompt.tokens for prompt in prompts)
     require_room(model, longest, new_tokens)
-    batch = DecodeBatch(model.generator, len(prompts), longest + new_tokens, prefix)
+    batch = DecodeBatch(model.generator, len(prompts), longest + new_tokens)
     sequences = batch.add(prompts, [GenerationOptions(max_new_tokens=new_tokens)] * len(prompts))
     batch.step()  # chooses from the prefill's logits: no forward pass yet
     stages.enter("decode")
