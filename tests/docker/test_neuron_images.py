@@ -21,7 +21,9 @@ def test_the_base_images_are_awss_by_exact_tag() -> None:
     images = re.findall(r"^ARG \w+_IMAGE=(\S+)$", TEXT, flags=re.MULTILINE)
     assert len(images) == 2
     for image in images:
-        assert re.fullmatch(r"public\.ecr\.aws/neuron/[\w-]+:2\.9\.0-neuronx-py312-sdk\d+\.\d+\.\d+-ubuntu24\.04", image)
+        assert re.fullmatch(
+            r"public\.ecr\.aws/neuron/[\w-]+:2\.9\.0-neuronx-py312-sdk\d+\.\d+\.\d+-ubuntu24\.04", image
+        )
 
 
 @pytest.mark.parametrize("stage", ["service", "training"])
