@@ -4,6 +4,7 @@
 - `service.benchmark`, `scaledown bench`: arguments are read by the command's own parser.
 - `training train`: one step on tiny models in place of the configuration's. `start=checkpoints/demo`, which does not
   fit them, is left out: the notebook's test begins from it.
+- `scaledown checkpoints verify`: the files only, because other commands load the same checkpoint.
 - `training label`, `evaluate`: a tiny teacher, few questions, short answers.
 
 A block that is marked as not run has the arguments of its commands read all the same.
@@ -41,6 +42,8 @@ def shortened(name: str, arguments: Sequence[str]) -> list[str] | None:
         return None
     if module == "training" and rest:
         return [*arguments, *_training_flags(rest)]
+    if module == "service.cli" and rest[:2] == ["checkpoints", "verify"]:
+        return [*arguments, "--files-only"]
     return list(arguments)
 
 

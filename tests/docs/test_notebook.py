@@ -1,4 +1,4 @@
-"""The notebook of examples/ from its first cell to its last, on the real base models, with two training steps."""
+"""The notebook of examples/ from its first cell to its last, on the real base models, with one training step."""
 
 import re
 from pathlib import Path
@@ -28,11 +28,11 @@ def test_it_holds_no_outputs() -> None:
 def test_from_raw_data_to_a_served_answer(
     smollm2: Path, minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LAPTOP_STEPS", "2")
+    monkeypatch.setenv("LAPTOP_STEPS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("SCALEDOWN_COMPRESSOR_TOKEN_US", "10")  # measuring them takes a while
     monkeypatch.setenv("SCALEDOWN_PREFILL_TOKEN_US", "100")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that share a busy core wait for each other
     notebook = read_notebook()
     client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute()
@@ -43,7 +43,7 @@ def test_from_raw_data_to_a_served_answer(
         if output.output_type == "stream" and output.name == "stdout"
     )
     steps = re.findall(r"^(\d+) \d+\.\d+$", printed, flags=re.MULTILINE)
-    assert steps == ["1", "2"]
+    assert steps == ["1"]
     usage = re.search(r"Usage\(text_tokens=(\d+), prompt_tokens=(\d+)", printed)
     assert usage is not None
     assert 0 < int(usage[2]) < int(usage[1])
