@@ -85,7 +85,7 @@ class Generator(nn.Module):
         """
         decoder = self.model.get_decoder()
         output = decoder(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

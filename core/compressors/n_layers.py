@@ -55,7 +55,7 @@ class NLayersCompressor(Compressor):
     def record(self, ids: Tensor, slots: Tensor) -> tuple[Tensor, Recorder]:
         """As `hidden`, of rows of `ids` and `slots` (B, T), and with it what a `Prefix` is made of."""
         recorder = Recorder()
-        output = self.backbone(inputs_embeds=self.inputs(ids, slots), past_key_values=recorder)
+        output = self.backbone(inputs_embeds=self.inputs(ids, slots), cache=recorder)
         return output.last_hidden_state, recorder
 
     def hidden_after(self, batch: RowBatch, prefixes: Sequence[Prefix]) -> Tensor:
@@ -69,7 +69,7 @@ class NLayersCompressor(Compressor):
         past = Continuation(prefixes, positions)
         inputs = self.inputs(pick(batch.ids, positions, 0), pick(batch.slots, positions, -1))
         mask = AttentionMasks(self.backbone.config, inputs.dtype).between(positions, past.key_positions)
-        output = self.backbone(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=past)
+        output = self.backbone(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, cache=past)
         return join_hidden(prefixes, output.last_hidden_state, positions, width)
 
 
