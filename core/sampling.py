@@ -74,7 +74,9 @@ def choose_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
     tokens = logits.argmax(-1)
     sampled = (temperature > 0).nonzero().squeeze(-1)  # (m,)
     if len(sampled):
-        rows = logits[sampled].float() / temperature[sampled, None]  # (m, V)
+        rows = logits[sampled].float()
+        # From the likeliest down: divided as they are, a tiny temperature would make several logits infinite.
+        rows = (rows - rows.amax(-1, keepdim=True)) / temperature[sampled, None]  # (m, V)
         rows = _filter(rows, top_k[sampled], top_p[sampled])
         # Inverse transform sampling. float64, because a float32 sum over a large vocabulary loses its tail; the draw
         # has 24 bits, so draw * total stays under total and the token found has some probability.

@@ -42,6 +42,11 @@ def test_temperature_zero_is_greedy(logits: Tensor) -> None:
     assert chosen_shares(logits, 0.0).max() == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-44, 1e-38, 1e-3])
+def test_a_tiny_temperature_is_all_but_greedy(logits: Tensor, temperature: float) -> None:
+    assert chosen_shares(logits, temperature)[logits.argmax()] == 1
+
+
 def test_top_k_keeps_the_likeliest_tokens_in_proportion(logits: Tensor) -> None:
     kept = logits.topk(5).indices
     expected = torch.zeros(50).scatter(0, kept, logits[kept].softmax(-1))
