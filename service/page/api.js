@@ -1,10 +1,10 @@
 // Calls to the service. Knows nothing of the page.
 
-/** What went wrong, in words for a reader; `status` 0 where no response came. */
+/** What went wrong, in words for a reader; `status` 0 where no response came. `field` and `id` as the service gave them. */
 export class Problem extends Error {
-  constructor(message, status = 0) {
+  constructor(message, { status = 0, field = null, id = null } = {}) {
     super(message);
-    this.status = status;
+    Object.assign(this, { status, field, id });
   }
 }
 
@@ -21,6 +21,12 @@ export async function state() {
   return response.json();
 }
 
+/** The text of /metrics. No key goes with it: the service asks for none there. */
+export async function metrics(signal) {
+  const response = await send("metrics", { signal });
+  return response.text();
+}
+
 /** POST `body` to `path`; the response if it succeeded. Throws Problem, or the abort of `signal`. */
 export function post(path, body, key, signal) {
   const headers = { "Content-Type": "application/json" };
@@ -35,7 +41,7 @@ async function send(path, options) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     if (error instanceof TypeError && /ISO-8859-1|ByteString/.test(error.message)) {
-      throw new Problem("An API key holds only plain letters, digits and signs.", 403);
+      throw new Problem("An API key holds only plain letters, digits and signs.", { status: 403 });
     }
     throw new Problem("The service cannot be reached.");
   }
@@ -48,13 +54,25 @@ async function refusal(response) {
   const wait = response.headers.get("Retry-After");
   const again = wait ? ` Try again in ${wait} ${wait === "1" ? "second" : "seconds"}.` : "";
   const words = WORDS[response.status] ?? said(body?.error) ?? `The service answered with status ${response.status}.`;
-  return new Problem(words + again, response.status);
+  const { field, request_id: id } = body?.error ?? {};
+  return new Problem(words + again, { status: response.status, field, id });
 }
 
-const FIELDS = { query: "The question", passages: "The passages", rate: "The rate", max_new_tokens: "New tokens" };
+/** The `error` event of a stream as a Problem. */
+export function streamProblem({ error }) {
+  return new Problem(said(error) ?? "The service failed.", { field: error?.field, id: error?.request_id });
+}
+
+const FIELDS = {
+  query: "The question",
+  passages: "The passages",
+  rate: "The rate",
+  max_prompt_tokens: "The prompt budget",
+  max_new_tokens: "New tokens",
+};
 
 /** An error of the API as a sentence for a reader, who counts from 1: “Passage 1 is empty.” */
-export function said(error) {
+function said(error) {
   if (!error?.message) return undefined;
   const [, field, index, rest] = /^(?:(\w+)(?:\.(\d+))?[\w.]*: )?(.*)$/s.exec(error.message);
   const subject = index === undefined ? (FIELDS[field] ?? field) : `Passage ${Number(index) + 1}`;

@@ -1,6 +1,7 @@
 // Passages: from the text field to the request, and from the response to the list beside the answer.
 
-import { bar, element, number } from "./elements.js";
+import { bar, element, plural } from "./elements.js";
+import { stateOf } from "./wording.js";
 
 // How much of one embedding's attention a word needs for each of the three strengths of marks.
 const STRENGTHS = [0.12, 0.3, 0.6];
@@ -19,23 +20,25 @@ export function formatPassages(passages) {
   return passages.map(({ title, text }) => (title ? `# ${title}\n${text}` : text)).join("\n\n");
 }
 
-/** One item of the list: its relevance, how it was shown, and its words with the evidence marked. */
+/** One item of the list: its relevance, how it was shown and why, and its words with the evidence marked. */
 export function passageItem(sent, answered) {
-  const relevance = answered.relevance.toFixed(2);
   const { evidence, mode } = answered;
+  const [state, why] = stateOf(answered);
   return element(
     "li",
     { class: `passage ${mode}` },
-    element(
-      "div",
-      { class: "passage-head" },
-      element("h3", {}, ...marked(sent.title || `Passage ${answered.index + 1}`, sent.title ? "title" : null, evidence)),
-      element("span", { class: "mode" }, mode === "text" ? "shown as text" : "compressed"),
-    ),
-    element("p", { class: "relevance" }, "relevance ", element("b", {}, relevance), bar([answered.relevance, "fill"])),
+    element("h3", {}, ...marked(sent.title || `Passage ${answered.index + 1}`, sent.title ? "title" : null, evidence)),
+    relevanceBar(answered.relevance),
+    element("p", { class: "state" }, element("b", {}, state), why),
     element("p", { class: "passage-text" }, ...marked(sent.text, "text", evidence)),
     evidence && embeddingList(sent, evidence),
   );
+}
+
+/** In `auto`, a passage that stays text may never have been scored. */
+function relevanceBar(relevance) {
+  if (relevance === null) return element("p", { class: "relevance" }, "relevance not scored");
+  return element("p", { class: "relevance" }, "relevance ", element("b", {}, relevance.toFixed(2)), bar([relevance, "fill"]));
 }
 
 /** `text` as text nodes and marks: each word as strong as its share of the embeddings' attention. */
@@ -93,7 +96,7 @@ function embeddingList(sent, evidence) {
       ...(spans.length ? spans.flatMap((span) => [source(fields, span), " "]) : [element("span", { class: "quiet" }, "spread thin")]),
     ),
   );
-  const count = items.length === 1 ? "1 memory embedding" : `${number(items.length)} memory embeddings`;
+  const count = plural(items.length, "memory embedding");
   return element("details", {}, element("summary", {}, count), element("ol", { class: "embeddings" }, ...items));
 }
 

@@ -1,0 +1,63 @@
+// How the API's names for modes and reasons are said to a reader. A name that is new here is shown as it is.
+
+export const MODES = {
+  compressed: "Every passage as embeddings.",
+  hybrid: "The most relevant as text, the others as embeddings.",
+  text: "Every passage as text, for comparison.",
+  auto: "Each as measured costs per token have it: short ones stay text.",
+};
+
+const SHOWN = { text: "Shown as text", compressed: "Compressed", dropped: "Dropped" };
+
+const REASONS = {
+  asked: "the mode asks for it",
+  most_relevant: "it is among the most relevant",
+  relevant: "it is relevant enough, and its text fits",
+  pays: "that costs less than its text",
+  no_gain: "compressing it would not pay",
+  no_text: "only its embeddings are known",
+  over_budget: "it does not fit the prompt budget",
+  below_min_relevance: "it is less relevant than asked for",
+};
+
+const PLANS = {
+  asked: "The mode decided",
+  costs: "Measured costs per token decided",
+  relevance: "Relevance decided: not everything fits as text, so every passage was scored",
+};
+
+/** How a passage was shown and why, in two parts: the state, and the rest of the sentence. */
+export function stateOf({ mode, reason, tokens }) {
+  const text = mode === "compressed" && reason === "over_budget";
+  const why = text ? "its text does not fit the prompt budget" : (REASONS[reason] ?? reason);
+  const size = mode === "dropped" ? "" : ` (${tokens} tokens)`;
+  return [SHOWN[mode] ?? mode, `${size} because ${why}.`];
+}
+
+/** What became of the passages together, and what decided it. */
+export function planOf({ reason, rate, estimates_ms: estimates }, passages, time) {
+  const count = (mode) => passages.filter((passage) => passage.mode === mode).length;
+  const compressed = count("compressed");
+  const at = compressed ? ` at ${rate} : 1` : "";
+  const sizes = `${count("text")} as text, ${compressed} compressed${at}, ${count("dropped")} dropped.`;
+  const sentences = [sizes, `${PLANS[reason] ?? reason}.`];
+  if (estimates) {
+    const { text, compressed, hybrid } = estimates;
+    sentences.push(
+      `Estimated up to the first token: ${time(text)} all as text, ${time(compressed)} all compressed,` +
+        ` ${time(hybrid)} each as costs less.`,
+    );
+  }
+  return sentences.join(" ");
+}
+
+/** Whether the passages hold an answer, as far as that is known. */
+export function verdictOf(answerable, passages) {
+  if (answerable) {
+    const words = answerable.answerable ? "The passages seem to hold an answer" : "The passages may not hold an answer";
+    return `${words} (${answerable.probability.toFixed(2)}).`;
+  }
+  const unscored = passages.some((passage) => passage.relevance === null);
+  const why = unscored ? "not every passage was scored" : "this checkpoint has no calibrated threshold";
+  return `Whether the passages hold an answer is not known: ${why}.`;
+}
