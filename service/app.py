@@ -37,12 +37,14 @@ def create_app(
     model: Model | None = None,
     on_fatal: Callable[[], None] | None = None,
     checkpoints: CheckpointControl | None = None,
+    engine_class: Callable[[Settings, Metrics], Engine] = Engine,
 ) -> FastAPI:
     """Build the application.
 
     `model` replaces the checkpoint that `settings` names. `on_fatal` is called when the worker is lost; by default
     the process exits with status 70, so that whatever started it can start it again. `checkpoints` decides which
-    version serves, here and in other processes; by default this process decides for itself.
+    version serves, here and in other processes; by default this process decides for itself. `engine_class` makes the
+    engine; by default its models are in this process.
     """
     settings = settings or Settings()
     metrics = Metrics()
@@ -50,7 +52,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = app.state.engine = Engine(settings, metrics)
+        engine = app.state.engine = engine_class(settings, metrics)
         own = Checkpoints(settings, lambda result: metrics.swaps.labels(result).inc())
         app.state.checkpoints = checkpoints or own
         tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
@@ -76,7 +78,8 @@ def create_app(
         version="0.1.0",
         lifespan=lifespan,
         redoc_url=None,
-        docs_url=None,
+        docs_url=None,  # it would run scripts from elsewhere
+        redirect_slashes=False,  # to the host and scheme that the request claims, without a body
     )
     for router in ROUTERS:
         app.include_router(router)
@@ -129,11 +132,8 @@ def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
-        if (
-            error.status_code == 400
-        ):  # FastAPI's word for what its parser could not read, such as bytes that are no text
-            return counted(
-                JSONResponse(error_body("invalid_json", "the body is not JSON", "body"), 422), "invalid_json"
-            )
+        if error.status_code == 400:  # FastAPI's word for what its parser could not read
+            content = error_body("invalid_json", "the body cannot be read as JSON in UTF-8", "body")
+            return counted(JSONResponse(content, 422), "invalid_json")
         message = MESSAGES.get(error.status_code, str(error.detail))
         return counted(plain_response(error.status_code, message, error.headers), f"http_{error.status_code}")

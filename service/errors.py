@@ -167,16 +167,27 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = errors[0]
     location = [str(part) for part in first["loc"] if not str(part).startswith("<")]
     location = location[1:] if location and location[0] in ("body", "query", "path") else location
-    kind, context = first["type"], first.get("ctx") or {}
-    if kind == "json_invalid":
+    context = first.get("ctx") or {}
+    if first["type"] == "json_invalid":
         return error_body("invalid_json", f"the body is not JSON: {context.get('error', 'malformed')}", "body")
     field = ".".join(location) or "body"
-    message = {
-        "extra_forbidden": "unknown field",
-        "missing": "is required",
-        "too_short": f"has too few items: give at least {context.get('min_length')}",
-        "model_type": "must be an object",
-        "model_attributes_type": "must be an object",
-        "value_error": str(context.get("error", first["msg"])),
-    }.get(kind, first["msg"])
-    return error_body("invalid_input", f"{field}: {message}", field)
+    return error_body("invalid_input", f"{field}: {_in_our_words(first, context)}", field, context.get("max_length"))
+
+
+def _in_our_words(problem: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+    unit = "characters" if isinstance(problem.get("input"), str) else "items"
+    match problem["type"]:
+        case "extra_forbidden":
+            return "unknown field"
+        case "missing":
+            return "is required"
+        case "too_short" | "string_too_short":
+            return f"has too few {unit}: give at least {context['min_length']}"
+        case "too_long" | "string_too_long":
+            return f"is over the limit of {context['max_length']} {unit}"
+        case "model_type" | "model_attributes_type":
+            return "must be a text or an object" if problem["loc"][-1] == "<object>" else "must be an object"
+        case "value_error":
+            return str(context["error"])
+        case _:
+            return str(problem["msg"]).replace("Input should", "must", 1)

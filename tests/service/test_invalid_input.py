@@ -60,6 +60,25 @@ def test_wrong_values_name_their_field(client: httpx.Client, values: dict[str, A
     assert error(response)["code"] == "invalid_input"
 
 
+@pytest.mark.parametrize(
+    ("values", "message", "limit"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: must be greater than or equal to 1", None),
+        ({"mode": "fast"}, "mode: must be 'compressed', 'text', 'hybrid' or 'auto'", None),
+        ({"passages": []}, "passages: has too few items: give at least 1", None),
+        ({"passages": [3]}, "passages.0: must be a text or an object", None),
+        ({"passages": [{"id": "x" * 300, "text": "b"}]}, "passages.0.id: is over the limit of 256 characters", 256),
+        ({"stop": [""]}, "stop.0: has too few characters: give at least 1", None),
+        ({"stop": ["x" * 300]}, "stop.0: is over the limit of 256 characters", 256),
+    ],
+)
+def test_messages_say_what_to_change(
+    client: httpx.Client, values: dict[str, Any], message: str, limit: int | None
+) -> None:
+    found = error(client.post("/answer", json={"query": QUERY, "passages": ["text"], **values}))
+    assert (found["message"], found["limit"]) == (message, limit)
+
+
 @pytest.mark.parametrize("path", ["/answer", "/rerank", "/compress"])
 @pytest.mark.parametrize(
     ("raw", "field"),
@@ -86,6 +105,14 @@ def test_malformed_text_names_its_field(client: httpx.Client, path: str, raw: by
 def test_what_is_no_json_is_refused(client: httpx.Client, raw: bytes) -> None:
     response = client.post("/answer", content=raw, headers=JSON)
     assert response.status_code in (400, 422)
+    error(response)
+
+
+@pytest.mark.parametrize("piece", [b'\\"', b'"', b"\\", b'"a', b"[]"])
+def test_a_large_body_that_is_no_json_is_refused_at_once(client: httpx.Client, piece: bytes) -> None:
+    raw = b"[" + b"{}," * 20 + b'"' + piece * 1_000_000  # in quadratic time: hours
+    response = client.post("/answer", content=raw, headers=JSON)
+    assert response.status_code in (413, 422)
     error(response)
 
 
@@ -129,6 +156,7 @@ def test_limits_are_named(serve: Serve, values: dict[str, Any], field: str, limi
 def test_other_errors_have_the_same_shape(client: httpx.Client) -> None:
     for response, status, code in [
         (client.get("/nothing"), 404, "not_found"),
+        (client.post("/answer/", json={}), 404, "not_found"),  # never a redirect to whatever Host says
         (client.get("/answer"), 405, "method_not_allowed"),
         (client.delete("/answer"), 405, "method_not_allowed"),
         (client.post("/answer", content=b"a=b", headers={"Content-Type": "text/plain"}), 415, "unsupported_media_type"),

@@ -207,7 +207,7 @@ def test_models(ai: openai.OpenAI, client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [
-        ({"n": 2}, "n", "should be 1"),
+        ({"n": 2}, "n", "must be 1"),
         ({"logprobs": True}, "logprobs", "False"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
