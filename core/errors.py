@@ -15,6 +15,8 @@ Messages name the field and the limit and hold no file system paths of the serve
 except for the three that are shown to an operator: ConfigError, BaseModelError, CheckpointError.
 """
 
+from typing import Any
+
 
 class ScaledownError(Exception):
     """Base of all errors of this project.
@@ -27,6 +29,16 @@ class ScaledownError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its attributes: an error may cross to another process, and constructors take more than a message."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[ScaledownError], args: tuple[Any, ...], attributes: dict[str, Any]) -> ScaledownError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(ScaledownError):

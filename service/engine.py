@@ -6,6 +6,7 @@ Knows no HTTP. Lives on one event loop; the models belong to the worker's thread
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from core.model import Model
 from service.admission import Gate
 from service.caches.engine_caches import EngineCaches
 from service.embedding_store import EmbeddingStore
-from service.errors import GeneratorUnavailableError, NotReadyError, StoppingError
+from service.errors import GeneratorUnavailableError, NotReadyError, StoppingError, UnknownModelError
 from service.generation.engine import GeneratorEngine
 from service.generation.torch_engine import TorchEngine
 from service.generation.vllm_engine import VllmEngine
@@ -29,6 +30,7 @@ from service.settings import Settings
 from service.worker import Worker
 
 WATCH_SECONDS = 2.0
+CHECKPOINT_HEADER = "X-Checkpoint"  # of a request that wants another version than the active one
 
 
 @dataclass(eq=False)
@@ -60,6 +62,7 @@ class Engine:
         self.sessions: set[Session] = set()
         self.server = VllmServer(settings, metrics) if settings.generator_url else None
         self.active: Version | None = None
+        self.offered: Mapping[str, Version] = {}  # what a request may name: the active version and those kept
         self.refusal: ScaledownError | None = None  # why nothing is admitted, while draining or dead
         self.worker.start()
 
@@ -87,12 +90,19 @@ class Engine:
         self.active = version
         self.metrics.checkpoint.labels(version.model.name).set(1)
 
+    def find(self, name: str) -> Version:
+        """A version in memory, by its full name. Raises UnknownModelError: no request makes the service load one."""
+        if name not in self.offered:
+            raise UnknownModelError(CHECKPOINT_HEADER, "names no version in memory; POST /admin/checkpoints loads one")
+        return self.offered[name]
+
     def retire(self, version: Version) -> None:
         """Unload `version` as soon as its last request is done."""
         version.retired = True
-        self._unload_if_idle(version)
+        self.unload_if_idle(version)
 
-    def _unload_if_idle(self, version: Version) -> None:
+    def unload_if_idle(self, version: Version) -> None:
+        """Let go of a version that was retired and that no request is left of."""
         if version.retired and version.sessions == 0:
             name = version.model.name
             if self.active is None or self.active.model.name != name:  # it may have been loaded again meanwhile
@@ -123,7 +133,7 @@ class Engine:
         """Called by `Session.close`."""
         self.sessions.discard(session)
         session.version.sessions -= 1
-        self._unload_if_idle(session.version)
+        self.unload_if_idle(session.version)
 
     def refuse(self, reason: ScaledownError) -> None:
         """Admit nothing from now on."""

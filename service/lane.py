@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from core.errors import ScaledownError
 from core.model import Model
-from core.pipeline import build_prompt, compress_rows, gather
+from core.pipeline import CompressedChunk, build_prompt, compress_rows, gather
 from core.planning import choose_modes
 from core.rows import ChunkRow
 from service.batching import FairQueue, Picked
@@ -90,12 +90,7 @@ class Lane:
             failure = error if len(batch) == 1 else error.with_traceback(None)
         else:
             for picked, chunk in zip(batch, chunks, strict=True):
-                picked.job.results[picked.item[0]] = chunk
-                picked.job.outstanding -= 1
-                for job in dict.fromkeys((picked.job, *self._shared.computed(picked.item[1], chunk))):
-                    job.mark("queue")
-                    if not job.outstanding:
-                        self._gather(job)
+                self._computed(picked.job, *picked.item, chunk)
             return
         # Outside the handler, and without its traceback: both would keep the failed batch's tensors alive.
         if len(batch) == 1:
@@ -106,6 +101,15 @@ class Lane:
         free_memory()
         self._compress(batch[: len(batch) // 2])
         self._compress(batch[len(batch) // 2 :])
+
+    def _computed(self, job: Job, index: int, row: ChunkRow, chunk: CompressedChunk) -> None:
+        """A row of a job became `chunk`, as did those that equal it."""
+        job.results[index] = chunk
+        job.outstanding -= 1
+        for each in dict.fromkeys((job, *self._shared.computed(row, chunk))):
+            each.mark("queue")
+            if not each.outstanding:
+                self._gather(each)
 
     def _gather(self, job: Job) -> None:
         """All chunks of a job are there: hand out its passages and, for an answer, build its prompt."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from core.errors import CancelledError
-from service.engine import Engine
+from service.engine import CHECKPOINT_HEADER, Engine
 from service.jobs import Compressed
 from service.limits import AnyRequest
 from service.responses import NO_EVIDENCE, answer_response, evidence_of, record_response
@@ -30,8 +30,9 @@ ThisEngine = Annotated[Engine, Depends(engine_of)]
 
 
 async def open_session(request: Request, engine: Engine, body: AnyRequest) -> Session:
-    """Admit a request. The caller must close the session."""
-    session = await engine.open(body)
+    """Admit a request, on the version it names or else the active one. The caller must close the session."""
+    named = request.headers.get(CHECKPOINT_HEADER)
+    session = await engine.open(body, engine.find(named) if named else None)
     request.state.session = session  # for the log line and the trace
     return session
 

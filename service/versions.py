@@ -63,12 +63,21 @@ class Versions:
         """New requests start on `active`; what is neither that nor kept is unloaded after its last request."""
         self._engine.activate(self._loaded[active])
         self._wanted = (active, *kept)
+        self._engine.offered = {name: self._loaded[name] for name in self._wanted if name in self._loaded}
         await self.discard()
 
     async def discard(self) -> None:
         """Unload what nobody wants."""
         for name in [name for name in self._loaded if name not in self._wanted]:
-            self._engine.retire(self._loaded.pop(name))
+            self.drop(name)
+
+    def find(self, name: str) -> Version:
+        """A version that was prepared."""
+        return self._loaded[name]
+
+    def drop(self, name: str) -> None:
+        """Unload a version after its last request."""
+        self._engine.retire(self._loaded.pop(name))
         self._measure()
 
     async def _load(self, folder: Path | None, version: str | None, label: str) -> str:

@@ -61,6 +61,10 @@ class Worker:
         """Stop a job at the next token."""
         self._send(lambda: lane.cancel(job))
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the worker's thread call `function`, which must not raise."""
+        self._send(function)
+
     @property
     def alive(self) -> bool:
         """Whether the thread exists."""

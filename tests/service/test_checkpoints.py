@@ -60,6 +60,23 @@ def test_activate_and_roll_back(root: Path) -> None:
         assert f'scaledown_checkpoint_info{{checkpoint="{second}"}} 1.0' in client.get("/metrics").text
 
 
+def test_a_request_may_name_a_version_that_is_in_memory(root: Path) -> None:
+    first, second = version_of(root / "first"), version_of(root / "second")
+    with serve_checkpoint(root / "first") as client:
+        body = {"query": QUERY, "passages": PASSAGES}
+        before = client.post("/rerank", json=body).json()
+        refused = client.post("/rerank", json=body, headers={"X-Checkpoint": second})  # on disk only: nothing is loaded
+        assert (refused.status_code, error(refused)["code"], error(refused)["field"]) == (
+            422,
+            "model_not_found",
+            "X-Checkpoint",
+        )
+        assert change(client, "activate", "second").status_code == 200
+        named = client.post("/rerank", json=body, headers={"X-Checkpoint": first}).json()
+        assert (named["checkpoint"], named["results"]) == (first, before["results"])
+        assert client.post("/rerank", json=body).json()["checkpoint"] == second
+
+
 def test_load_keeps_without_serving(root: Path) -> None:
     with serve_checkpoint(root / "first") as client:
         loaded = change(client, "load", "second").json()
