@@ -40,8 +40,10 @@ def decode_embeddings(
     """
     if len(shape) != 2 or shape[1] != width:
         raise InvalidInputError(f"{field}.shape", f"must be [memory embeddings, {width}], got {list(shape)}")
-    if not 1 <= shape[0] <= max_rows:
-        raise TooLargeError(f"{field}.shape", f"must have 1 to {max_rows} memory embeddings, got {shape[0]}", max_rows)
+    if shape[0] < 1:
+        raise InvalidInputError(f"{field}.shape", "has no memory embeddings: give at least 1")
+    if shape[0] > max_rows:
+        raise TooLargeError(f"{field}.shape", f"{shape[0]} is over the limit of {max_rows} memory embeddings", max_rows)
     rows = int(shape[0])
     if isinstance(data, str):
         array = _from_base64(data, dtype, rows, width, field)

@@ -22,7 +22,7 @@ from service.client.calls import (
 )
 from service.client.errors import ServiceError
 from service.client.results import Answer, Checkpoints, Compression, Ranking, Readiness, StreamEvent
-from service.client.transport import TIMEOUT_S, request_of, unreachable
+from service.client.transport import TIMEOUT_S, address_of, request_of, unreachable
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Client:
     timeout     seconds of silence on the connection before the request is given up
     http        an httpx client of your own (proxies, certificates); it is closed with this one
 
-    Every method raises ServiceError: see `errors.py`.
+    UnreachableError is raised for a `base_url` that is none. Every method raises ServiceError: see `errors.py`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Client:
         retry: Retry = DEFAULT_RETRY,
         http: httpx.Client | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
+        self._base_url = address_of(base_url)
         self._keys = Keys(api_key, admin_key)
         self._retry = retry
         self._http = http or httpx.Client(timeout=timeout)

@@ -1,5 +1,6 @@
 """Between a call and httpx: the request that carries it, and what a broken connection means."""
 
+import json
 from typing import Any
 
 import httpx
@@ -11,9 +12,28 @@ from service.client.errors import UnreachableError
 TIMEOUT_S = 130.0
 
 
+def address_of(base_url: str) -> str:
+    """`base_url` without a slash at its end. Raises UnreachableError for what cannot be the address of a service."""
+    try:
+        url = httpx.URL(base_url)
+        good = url.scheme in ("http", "https") and bool(url.host)
+    except httpx.InvalidURL:
+        good = False
+    if not good:
+        raise UnreachableError(f"{base_url!r} is no address of a service, such as http://127.0.0.1:8000", sent=False)
+    return base_url.rstrip("/")
+
+
 def request_of(http: httpx.Client | httpx.AsyncClient, base_url: str, keys: Keys, call: Call[Any]) -> httpx.Request:
-    """The HTTP request of a call."""
-    return http.build_request(call.method, base_url + call.path, json=call.body, headers=keys.headers(call))
+    """The HTTP request of a call.
+
+    What is no good JSON (NaN, half a surrogate pair) is sent all the same: the service says in which field it is.
+    """
+    headers = keys.headers(call)
+    if call.body is None:
+        return http.build_request(call.method, base_url + call.path, headers=headers)
+    headers["Content-Type"] = "application/json"
+    return http.build_request(call.method, base_url + call.path, content=json.dumps(call.body), headers=headers)
 
 
 def unreachable(error: httpx.TransportError) -> UnreachableError:

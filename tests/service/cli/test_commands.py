@@ -110,7 +110,9 @@ def test_compress_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "status", "message"),
     [
         (["answer", QUERY, "a", "--url", "http://127.0.0.1:9"], 3, "cannot be reached"),
+        (["answer", QUERY, "a", "--url", "127.0.0.1:9"], 3, "'127.0.0.1:9' is no address of a service"),
         (["answer", QUERY, " "], 2, "passages.0.text: is empty"),
+        (["answer", QUERY, "a", "--temperature", "nan"], 2, "temperature: must be a finite number"),
         (["answer", QUERY, "a", "--rate", "3"], 2, "rate: must be one of 16, 8"),
         (["rerank", "--input", "/nowhere.jsonl"], 2, "input: /nowhere.jsonl cannot be read"),
         (["rerank", QUERY, "a", "--checkpoint", "/nowhere"], 1, "/nowhere: is no folder"),

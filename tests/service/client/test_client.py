@@ -171,6 +171,16 @@ def test_errors_say_what_is_wrong_and_where(client: httpx.Client, connect: Conne
         assert (large.value.status, large.value.limit) == (413, 512)
         with pytest.raises(InvalidRequestError, match="modus: unknown field"):
             ours.call("answer", QUERY, GIVEN, modus="text")
+        with pytest.raises(InvalidRequestError, match="temperature: must be a finite number"):
+            ours.call("answer", QUERY, GIVEN, temperature=float("nan"))
+        with pytest.raises(InvalidRequestError, match="query: holds a lone surrogate"):
+            ours.call("rerank", "caf\udce9?", GIVEN)  # what Python makes of a byte on a command line that is no UTF-8
+
+
+@pytest.mark.parametrize("address", ["localhost:8000", "/tmp/socket", "ftp://host", "http://", "http://host:port"])
+def test_what_is_no_address_is_refused(address: str, connect: Connect) -> None:
+    with pytest.raises(UnreachableError, match="no address of a service"), connect(address):
+        pass
 
 
 def test_checkpoints(serve: Serve, root: Path, connect: Connect) -> None:
