@@ -43,6 +43,7 @@ def build_app(values: Mapping[str, str]) -> Any:
         num_replicas=1,  # it decides which version serves, and counts whom it lets in
         max_ongoing_requests=HELD_BACK,
         graceful_shutdown_timeout_s=settings.drain_seconds,
+        health_check_timeout_s=settings.stall_seconds,
         ray_actor_options={"num_cpus": settings.replica_cpus},
     )
     return ingress.bind(settings.of_ingress(), compressors, generators)
@@ -62,6 +63,7 @@ def _deployment(settings: RaySettings, kind: str, replica: type) -> Any:
         },
         max_ongoing_requests=HELD_BACK,  # the ingress has let them in
         graceful_shutdown_timeout_s=settings.drain_seconds,
+        health_check_timeout_s=settings.stall_seconds,
         ray_actor_options={
             "num_cpus": settings.replica_cpus,
             "num_gpus": getattr(settings, f"{kind}_gpus"),
