@@ -5,6 +5,7 @@ import re
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +30,10 @@ def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Paramete
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, module, adapter_name=ADAPTER)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            # Autocast picks the type: peft would first copy every input to float32, a sixth of a step on a CPU.
+            layer.cast_input_dtype_enabled = False
     parameters = []
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(LORA_NAME.search(name)))

@@ -66,8 +66,8 @@ def make_example(
 ) -> TrainExample:
     """Sample passages, mode and rate with randomness that `key` determines, and tokenise."""
     rng = random.Random(key)
-    passages, empty = sample_passages(row, data, rng)
     mode = rng.choices(list(data.modes), weights=list(data.modes.values()))[0]
+    passages, empty = sample_passages(row, data, mode, rng)
     rate = rng.choice(model.config.compressor.rates)
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
@@ -99,7 +99,7 @@ def teacher_targets(logits: TeacherLogits, row_id: str, answer_ids: Sequence[int
     return TokenTargets(targets.answer_ids[:count], targets.top_ids[:count], targets.top_logprobs[:count])
 
 
-def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[list[RowPassage], bool]:
+def sample_passages(row: Row, data: DataConfig, mode: Mode, rng: random.Random) -> tuple[list[RowPassage], bool]:
     """Choose an example's passages: relevant ones first, then others, in shuffled order.
 
     The second value says that the relevant ones were left out on purpose (`data.empty_share`).
@@ -107,7 +107,8 @@ def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[lis
     relevant = [passage for passage in row.passages if (passage.relevance or 0) > 0.5]
     others = [passage for passage in row.passages if (passage.relevance or 0) <= 0.5]
     empty = bool(relevant and others) and rng.random() < data.empty_share
-    wanted = data.passages or len(row.passages)
+    asked = data.passages if mode != "text" or data.text_passages is None else data.text_passages
+    wanted = asked or len(row.passages)
     rng.shuffle(relevant)
     rng.shuffle(others)
     chosen = ([] if empty else relevant[:wanted]) + others
