@@ -3,8 +3,9 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 
+from core.errors import InvalidInputError
 from service.checkpoints import CheckpointControl, checkpoint_root
 from service.errors import WITH_BODY, documented
 from service.schemas import Strict
@@ -20,12 +21,6 @@ class CheckpointAction(Strict):
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="folder under the checkpoint root, or for activate a version that is kept"
     )
-
-    @model_validator(mode="after")
-    def _check_name(self) -> "CheckpointAction":
-        if (self.name is None) != (self.action == "rollback"):
-            raise ValueError("rollback takes no name" if self.name else f"{self.action} needs a name")
-        return self
 
 
 class CheckpointList(BaseModel):
@@ -51,6 +46,8 @@ async def list_checkpoints(request: Request) -> CheckpointList:
 @router.post("/checkpoints")
 async def change_checkpoint(body: CheckpointAction, request: Request) -> CheckpointChange:
     """Load, activate or roll back. Requests in flight finish on the version they began with."""
+    if (body.name is None) != (body.action == "rollback"):
+        raise InvalidInputError("name", "rollback takes none" if body.name else f"is required to {body.action}")
     checkpoints = control_of(request)
     name = body.name or ""
     match body.action:

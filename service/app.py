@@ -127,7 +127,7 @@ def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        content = validation_error(error.errors())
+        content = validation_error(error.errors(), error.body)
         return counted(JSONResponse(content, 422), content["error"]["code"])
 
     @app.exception_handler(HTTPException)

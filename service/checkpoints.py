@@ -219,8 +219,7 @@ class Checkpoints:
     def _folder(self, name: str) -> Path:
         """The folder of that name under the root; nothing outside of it can be named, not through links either."""
         root = self._root.resolve()
-        folder = (root / name).resolve()
-        if not FOLDER_NAME.fullmatch(name) or not folder.is_relative_to(root):
+        if not FOLDER_NAME.fullmatch(name) or not (folder := (root / name).resolve()).is_relative_to(root):
             raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
         return folder
 

@@ -70,6 +70,7 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+OTHER_THAN_TEXT = "<object>"  # tag of what a union takes beside texts
 STATUS_CODES = {
     400: "bad_request",
     401: "unauthorized",
@@ -162,20 +163,32 @@ def plain_response(status: int, message: str, headers: Mapping[str, str] | None 
     return JSONResponse(error_body(STATUS_CODES.get(status, "error"), message, **where), status, headers)
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The JSON of pydantic's findings: the first one, in our words and without the caller's own values."""
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> dict[str, Any]:
+    """The JSON of pydantic's findings in `body`: the first one, in our words and without the caller's own values."""
     first = errors[0]
-    location = [str(part) for part in first["loc"] if not str(part).startswith("<")]
-    location = location[1:] if location and location[0] in ("body", "query", "path") else location
     context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
         return error_body("invalid_json", f"the body is not JSON: {context.get('error', 'malformed')}", "body")
-    field = ".".join(location) or "body"
+    field = _field(first, body)
     return error_body("invalid_input", f"{field}: {_in_our_words(first, context)}", field, context.get("max_length"))
+
+
+def _field(problem: Mapping[str, Any], body: Any) -> str:
+    """Where it is, by the names and indices of the body itself: pydantic also names the branches of its unions."""
+    place, inside = [], body
+    for part in problem["loc"][1:]:
+        parts = inside if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()
+        if part in parts:
+            inside = inside[part]
+            place.append(str(part))
+    if problem["type"] == "missing":
+        place.append(str(problem["loc"][-1]))
+    return ".".join(place) or "body"
 
 
 def _in_our_words(problem: Mapping[str, Any], context: Mapping[str, Any]) -> str:
     unit = "characters" if isinstance(problem.get("input"), str) else "items"
+    or_text = "a text or " if problem["loc"][-1] == OTHER_THAN_TEXT else ""
     match problem["type"]:
         case "extra_forbidden":
             return "unknown field"
@@ -186,7 +199,9 @@ def _in_our_words(problem: Mapping[str, Any], context: Mapping[str, Any]) -> str
         case "too_long" | "string_too_long":
             return f"is over the limit of {context['max_length']} {unit}"
         case "model_type" | "model_attributes_type":
-            return "must be a text or an object" if problem["loc"][-1] == "<object>" else "must be an object"
+            return f"must be {or_text}an object"
+        case "list_type":
+            return f"must be {or_text}a list"
         case "value_error":
             return str(context["error"])
         case _:

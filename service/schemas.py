@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from core.policy import Policy, Reason, RequestMode, Shown
 from service.caches.schemas import CacheUsage
 from service.embeddings_codec import Dtype, Encoding
+from service.errors import OTHER_THAN_TEXT
 from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
 
 
@@ -90,21 +91,18 @@ class AnswerPassage(Strict):
 
 
 def _kind(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<object>"
+    return "<text>" if isinstance(value, str) else OTHER_THAN_TEXT
 
 
-# The tags stand in angle brackets so that `errors.py` can leave them out of a field's name.
+# A text, or something else: decided by the value's type, so that an error is about the one that was meant.
+IS_TEXT, IS_OTHER, BY_KIND = Tag("<text>"), Tag(OTHER_THAN_TEXT), Discriminator(_kind)
 PlainPassages = Annotated[
-    list[Annotated[Annotated[FilledText, Tag("<text>")] | Annotated[PassageIn, Tag("<object>")], Discriminator(_kind)]],
+    list[Annotated[Annotated[FilledText, IS_TEXT] | Annotated[PassageIn, IS_OTHER], BY_KIND]],
     Field(fail_fast=True),
     Field(min_length=1, description="texts, or objects with `text` and optionally `id` and `title`"),
 ]
 AnswerPassages = Annotated[
-    list[
-        Annotated[
-            Annotated[FilledText, Tag("<text>")] | Annotated[AnswerPassage, Tag("<object>")], Discriminator(_kind)
-        ]
-    ],
+    list[Annotated[Annotated[FilledText, IS_TEXT] | Annotated[AnswerPassage, IS_OTHER], BY_KIND]],
     Field(fail_fast=True),
     Field(min_length=1, description="texts, or objects with `text`, `embeddings` or `embedding_id`"),
 ]

@@ -95,9 +95,10 @@ def check_model(engine: Engine, name: str) -> None:
 
 def answer_request(query: str, passages: list[PassageIn], options: dict[str, Any]) -> AnswerRequest:
     """The service's own request, with its own checks. Raises RequestValidationError."""
+    given = [passage.model_dump(exclude_none=True) for passage in passages]
+    native = {"query": query, "passages": given, **options}
     try:
-        given = [passage.model_dump(exclude_none=True) for passage in passages]
-        return AnswerRequest.model_validate({"query": query, "passages": given, **options})
+        return AnswerRequest.model_validate(native)
     except ValidationError as error:
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
-        raise RequestValidationError(problems) from None
+        raise RequestValidationError(problems, body=native) from None

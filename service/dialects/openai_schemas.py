@@ -6,18 +6,31 @@ What would change the answer and is not supported is refused by its type (`n: 2`
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.policy import RequestMode
 from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
-from service.schemas import QUERY, TEXT, AnsweredPassage, FilledText, Finite, Identifier, Rate, Strict, Text, Timeout
+from service.schemas import (
+    BY_KIND,
+    IS_OTHER,
+    IS_TEXT,
+    QUERY,
+    TEXT,
+    AnsweredPassage,
+    FilledText,
+    Finite,
+    Identifier,
+    Rate,
+    Strict,
+    Text,
+    Timeout,
+)
 
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
 ALIAS = "scaledown"
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stream", "timeout")
 SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance")
 Zero = Annotated[float, Field(ge=0, le=0)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class OwnKeys(BaseModel):
@@ -48,12 +61,21 @@ def _first(data: dict[str, Any], *names: str) -> dict[str, Any]:
     return next(({"text": data[name]} for name in names if name in data), {})
 
 
-def _kind(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<object>"
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+Stops = Annotated[
+    Annotated[Stop, IS_TEXT] | Annotated[list[Stop], IS_OTHER],
+    BY_KIND,
+]
+Prompt = Annotated[
+    Annotated[FilledText, IS_TEXT] | Annotated[list[FilledText], Field(min_length=1, max_length=1), IS_OTHER],
+    BY_KIND,
+]
 
 
 Documents = Annotated[
-    list[Annotated[Annotated[FilledText, Tag("<text>")] | Annotated[Document, Tag("<object>")], Discriminator(_kind)]],
+    list[Annotated[Annotated[FilledText, IS_TEXT] | Annotated[Document, IS_OTHER], BY_KIND]],
     Field(fail_fast=True, description="retrieved documents: texts, or objects with `text` and optionally `title`"),
 ]
 
@@ -66,8 +88,8 @@ class TextPart(OwnKeys):
 
 
 Content = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<object>")],
-    Discriminator(_kind),
+    Annotated[Text, IS_TEXT] | Annotated[list[TextPart], Field(fail_fast=True), IS_OTHER],
+    BY_KIND,
 ]
 
 
@@ -107,7 +129,7 @@ class Generation(Strict):
     temperature: Annotated[float, Field(ge=0, le=100), Finite] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -176,7 +198,7 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """OpenAI's older completions request: `prompt` is the question."""
 
-    prompt: FilledText | Annotated[list[FilledText], Field(min_length=1, max_length=1)] = Field(examples=[QUERY])
+    prompt: Prompt = Field(examples=[QUERY])
     documents: Annotated[Documents, Field(min_length=1)] = Field(examples=[[TEXT]])
 
     best_of: Literal[1] | None = None

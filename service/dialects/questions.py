@@ -52,7 +52,9 @@ def passages_of(documents: Sequence[str | Document]) -> list[PassageIn]:
 def _check_after(messages: Sequence[ChatMessage], asked: int) -> None:
     for index, message in enumerate(messages[asked + 1 :], asked + 1):
         if message.role not in (*RETRIEVED, "context") and message.texts and not message.tool_calls:
-            raise InvalidInputError(f"messages.{index}", f"a {message.role} message after the last user message")
+            raise InvalidInputError(
+                f"messages.{index}", "comes after the last user message: only tool and context messages may"
+            )
 
 
 def _retrieved(messages: Sequence[ChatMessage], asked: int) -> Iterator[PassageIn]:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.schemas import QUERY, TEXT, FilledText, RerankRequest, Strict
+from service.schemas import BY_KIND, IS_OTHER, IS_TEXT, QUERY, TEXT, FilledText, RerankRequest, Strict
 
 OTHER = "Butter melts at 32 to 35 degrees Celsius."
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
@@ -19,14 +19,8 @@ class JinaDocument(BaseModel):
     text: FilledText
 
 
-def _kind(value: Any) -> str:
-    return "<text>" if isinstance(value, str) else "<object>"
-
-
 JinaDocuments = Annotated[
-    list[
-        Annotated[Annotated[FilledText, Tag("<text>")] | Annotated[JinaDocument, Tag("<object>")], Discriminator(_kind)]
-    ],
+    list[Annotated[Annotated[FilledText, IS_TEXT] | Annotated[JinaDocument, IS_OTHER], BY_KIND]],
     Field(min_length=1, fail_fast=True),
 ]
 

@@ -91,8 +91,16 @@ def test_nothing_to_roll_back_to(root: Path) -> None:
         assert change(client, "rollback").status_code == 409
 
 
+@pytest.mark.parametrize("body", [{"action": "load"}, {"action": "activate"}, {"action": "rollback", "name": "first"}])
+def test_a_name_is_given_where_there_is_one_to_give(root: Path, body: dict[str, str]) -> None:
+    with serve_checkpoint(root / "first") as client:
+        response = client.post("/admin/checkpoints", json=body, headers=ADMIN)
+        assert response.status_code == 422
+        assert error(response)["field"] == "name"
+
+
 @pytest.mark.parametrize(
-    "name", ["..", "../first", "/etc", "first/../../x", "a/b", ".hidden", "%2e%2e", "first\\..", "link"]
+    "name", ["..", "../first", "/etc", "first/../../x", "a/b", ".hidden", "%2e%2e", "first\\..", "link", "first\0"]
 )
 def test_nothing_outside_the_root_can_be_named(root: Path, tmp_path: Path, name: str) -> None:
     inside, outside = tmp_path / "root", tmp_path / "outside"

@@ -208,6 +208,9 @@ def test_models(ai: openai.OpenAI, client: httpx.Client) -> None:
     ("change", "param", "message"),
     [
         ({"n": 2}, "n", "must be 1"),
+        ({"stop": 5}, "stop", "must be a text or a list"),
+        ({"stop": ["a", 5]}, "stop.1", "must be a valid string"),
+        ({"documents": [{"id": [], "text": "a"}]}, "documents.0.id", "must be a valid"),
         ({"logprobs": True}, "logprobs", "False"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
@@ -241,6 +244,14 @@ def test_what_is_refused_names_its_parameter(
     assert caught.value.type == "invalid_request_error"
     assert isinstance(caught.value.body, dict)
     assert set(caught.value.body) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("prompt", [5, [], ["a", "b"], [""], {}])
+def test_a_prompt_that_is_no_question_is_refused_by_its_name(client: httpx.Client, prompt: object) -> None:
+    body = {"model": "scaledown", "prompt": prompt, "documents": ["a"]}
+    refused = client.post("/v1/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == ("prompt.0" if prompt == [""] else "prompt")
 
 
 def test_error_classes(serve: Serve) -> None:
