@@ -19,7 +19,7 @@ REFERENCE = "#/components/schemas/"
 API_INTRO = """# HTTP API
 
 Written from the service's own OpenAPI document when these pages were built: [openapi.json](openapi.json). A running
-service shows its own at `/openapi.json`, and a page to try it at `/docs`. All under `/admin` needs the admin key.
+service shows its own at `/openapi.json`, and a page to try it on at `/`. All under `/admin` needs the admin key.
 """
 SETTINGS_INTRO = """# Settings
 

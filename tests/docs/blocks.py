@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
+CONTINUED = "\0"  # stands for a line break within a command
 SNAKE_CASE = re.compile(r"[a-z]+(?:_[a-z]+)+")
 
 
@@ -54,11 +55,11 @@ def _until_closed(lines: Iterator[tuple[int, str]], page: Path, start: int) -> I
 
 
 def read_examples(text: str) -> list[Example]:
-    """The commands of a `console` block, each behind `$ `, with their output."""
+    """The commands of a `console` block, each behind `$ `, its further lines behind `> `, with their output."""
     parts = re.split(r"^\$ ", text, flags=re.MULTILINE)
     assert not parts[0].strip(), "a console block begins with a command"
-    pairs = [part.partition("\n") for part in parts[1:]]
-    return [Example(command, output.strip()) for command, _, output in pairs]
+    pairs = [part.replace("\n> ", CONTINUED).partition("\n") for part in parts[1:]]
+    return [Example(command.replace(CONTINUED, "\n"), output.strip()) for command, _, output in pairs]
 
 
 def differences(shown: str, printed: str) -> list[str]:
