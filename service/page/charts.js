@@ -1,24 +1,27 @@
-// Small lines of the metrics' history. Each says in words what it shows: its name, now, lowest and highest.
+// Small lines of the metrics' history. Each says in words what it shows: its name, its last, lowest and highest value.
 
 import { $, element, number, percent, svg, time } from "./elements.js";
 
 const rate = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 2 : 0 });
-const CHARTS = [
-  ["requests", "Requests/s", rate],
-  ["errors", "Errors/s", rate],
-  ["saved", "Prompt tokens saved", percent],
-  ["firstToken", "Time to first token, p50", (seconds) => time(1000 * seconds)],
-  ["inFlight", "Requests in flight", number],
-  ["reserved", "Reserved tokens", number],
-];
 const WIDTH = 100;
 const HEIGHT = 30;
 const SHORTEST_MS = 60000; // the least that the width stands for, so that a first minute grows instead of jumping
 
+// Made once and then changed in place: what reads them aloud does not lose its place at every reading.
+const charts = [
+  chart("requests", "Requests/s", rate),
+  chart("errors", "Errors/s", rate),
+  chart("saved", "Prompt tokens saved", percent),
+  chart("firstToken", "Time to first token, p50", (seconds) => time(1000 * seconds)),
+  chart("inFlight", "Requests in flight", number),
+  chart("reserved", "Reserved tokens", number),
+];
+
 /** Draw `points` as `history.js` hands them out. */
 export function drawCharts(points) {
   const span = Math.max(SHORTEST_MS, points.length ? points.at(-1).at - points[0].at : 0);
-  $("charts").replaceChildren(...CHARTS.map(([name, title, show]) => chart(name, title, show, points, span)));
+  for (const { draw } of charts) draw(points, span);
+  if (!$("charts").childElementCount) $("charts").append(...charts.map(({ figure }) => figure));
   const minutes = Math.round(span / 60000);
   $("history-note").textContent = points.length
     ? `The last ${minutes === 1 ? "minute" : `${minutes} minutes`}, read from /metrics every 5 seconds while this page is seen.`
@@ -30,29 +33,30 @@ export function chartsProblem(words) {
   $("history-note").textContent = words;
 }
 
-function chart(name, title, show, points, span) {
-  const known = points.filter(({ values }) => values[name] !== null);
-  const values = known.map((point) => point.values[name]);
-  const most = Math.max(...values, 0);
-  const now = values.length ? show(values.at(-1)) : "–";
-  const range = values.length ? `, lowest ${show(Math.min(...values))}, highest ${show(most)}` : "";
-  const words = values.length ? `${title}: last ${now}${range}` : `${title}: nothing yet`;
-  return element(
-    "figure",
-    { class: "chart" },
-    element("figcaption", {}, element("span", {}, title), element("b", {}, now)),
-    svg(
-      "svg",
-      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": words },
-      svg("path", { class: "base", d: `M0 ${HEIGHT}H${WIDTH}` }),
-      svg("path", { class: "line", d: line(name, points, span, most || 1) }),
-    ),
-    element("p", { class: "hint", "aria-hidden": "true" }, values.length ? `up to ${show(most)}` : "nothing yet"),
-  );
+/** The chart of one value of the points: its element, and how to draw it anew. */
+function chart(name, title, show) {
+  const last = element("b");
+  const most = element("p", { class: "hint", "aria-hidden": "true" });
+  const path = svg("path", { class: "line" });
+  const box = { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" };
+  const image = svg("svg", box, svg("path", { class: "base", d: `M0 ${HEIGHT}H${WIDTH}` }), path);
+  const caption = element("figcaption", {}, element("span", {}, title), last);
+
+  function draw(points, span) {
+    const values = points.map((point) => point.values[name]).filter((value) => value !== null);
+    const highest = Math.max(...values, 0);
+    last.textContent = values.length ? show(values.at(-1)) : "–";
+    most.textContent = values.length ? `up to ${show(highest)}` : "nothing yet";
+    const words = `last ${last.textContent}, lowest ${show(Math.min(...values))}, highest ${show(highest)}`;
+    image.setAttribute("aria-label", `${title}: ${values.length ? words : "nothing yet"}`);
+    path.setAttribute("d", line(name, points, span, highest || 1));
+  }
+
+  return { figure: element("figure", { class: "chart" }, caption, image, most), draw };
 }
 
 /** The path of one line: broken where a value is missing, a dot where one stands alone. */
-function line(name, points, span, most) {
+function line(name, points, span, highest) {
   const end = points.at(-1)?.at;
   let path = "";
   let open = false;
@@ -60,7 +64,7 @@ function line(name, points, span, most) {
     const value = values[name];
     if (value !== null) {
       const x = WIDTH * (1 - (end - at) / span);
-      const y = HEIGHT - 1 - (HEIGHT - 3) * (value / most);
+      const y = HEIGHT - 1 - (HEIGHT - 3) * (value / highest);
       path += `${open ? "L" : "M"}${x.toFixed(2)} ${y.toFixed(2)}${open ? "" : "h0"}`;
     }
     open = value !== null;

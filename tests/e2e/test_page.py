@@ -1,127 +1,19 @@
 """The web page in a real browser, with real clicks and keys, against a real server process with a tiny model."""
 
-import os
-import shutil
 import string
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
-from selenium.webdriver import Chrome, ChromeOptions, Keys
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 
-from core.checkpoint import save_checkpoint
-from core.config import CompressorConfig, Config, GeneratorConfig, RelevanceConfig
-from core.model import build_model
-from core.readouts import PointerReadout
-from service.demo import PASSAGES, QUERY
-from tests.e2e.test_process import running
+from service.demo import PASSAGES
+from tests.e2e.browser_page import KEY, Page, ask, needs_chromium
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMEDRIVER = shutil.which("chromedriver")
-KEY = "page-0123456789abcdef"
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs Chromium: apt install chromium chromium-driver"
-)
-
-
-@pytest.fixture(scope="module")
-def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A service that asks for a key, around a random pointer that has made up its mind."""
-    config = Config(
-        compressor=CompressorConfig(n_layers=1, chunk_tokens=64, rates=(16, 8), readout="pointer", pointer_window=2),
-        generator=GeneratorConfig(base_model=str(tiny_llama)),
-        relevance=RelevanceConfig(threshold=0.5),
-    )
-    model = build_model(config, seed=7)
-    assert isinstance(model.compressor.readout, PointerReadout)
-    with torch.no_grad():
-        model.compressor.readout.query.weight.mul_(8)
-    folder = tmp_path_factory.mktemp("page") / "pointer"
-    save_checkpoint(model, folder)
-    with running(folder, api_keys=KEY) as (_, client, _):
-        client.headers["Authorization"] = f"Bearer {KEY}"
-        yield client
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    options.add_argument("--headless=new")
-    options.add_argument("--disable-dev-shm-usage")  # containers have little of it
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium refuses its sandbox to root
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options, Service(CHROMEDRIVER))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """The open page, by the ids and words a visitor would go by."""
-
-    def __init__(self, browser: Chrome, url: str) -> None:
-        self.browser = browser
-        browser.get(url)
-        self.wait(lambda: self["checkpoint"].text.startswith("checkpoint "))
-
-    def __getitem__(self, name: str) -> WebElement:
-        return self.browser.find_element(By.ID, name)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def wait(self, condition: Any) -> None:
-        WebDriverWait(self.browser, 60, poll_frequency=0.05).until(lambda _: condition())
-
-    def type(self, name: str, text: str) -> None:
-        field = self[name]
-        field.clear()
-        field.send_keys(text)
-
-    def click(self, words: str) -> None:
-        """Click the one visible button or choice that says `words`."""
-        (target,) = [e for e in self.all("button, fieldset label") if e.is_displayed() and e.text == words]
-        target.click()
-
-    def said(self) -> str:
-        """What a screen reader has just been told."""
-        return self["status"].get_attribute("textContent") or ""
-
-    def answered(self) -> None:
-        self.wait(lambda: self["facts"].is_displayed() or self["problem"].is_displayed())
-        assert not self["problem"].is_displayed(), self["problem"].text
-
-    def script(self, code: str) -> Any:
-        return self.browser.execute_script(code)
-
-    def severe(self) -> list[str]:
-        """What the browser complained about: policy violations, script errors, failed requests."""
-        entries = self.browser.get_log("browser")  # type: ignore[no-untyped-call]  # selenium has not typed it
-        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
-
-
-@pytest.fixture
-def page(browser: Chrome, server: httpx.Client) -> Page:
-    """The page, freshly loaded, its log empty, with the key typed in."""
-    page = Page(browser, str(server.base_url))
-    page.severe()
-    page["key"].send_keys(KEY)
-    return page
-
-
-def ask(server: httpx.Client, **values: Any) -> dict[str, Any]:
-    response = server.post("/answer", json={"query": QUERY, "passages": PASSAGES, "max_new_tokens": 24, **values})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
+pytestmark = needs_chromium
 
 
 def test_the_example_is_answered_with_relevance_and_evidence(page: Page, server: httpx.Client) -> None:
@@ -186,32 +78,118 @@ def test_the_answer_grows_on_the_page_and_can_be_stopped(page: Page, browser: Ch
     assert not page["problem"].is_displayed()
 
 
-def test_the_three_modes_are_compared(page: Page, server: httpx.Client) -> None:
-    page.click("Load an example")
-    page.type("tokens", "8")
-    page.click("Compare the three")
-    page.wait(lambda: len(page.all("#comparison-rows .said")) == 3)
-    for row, mode in zip(page.all("#comparison-rows tr"), ("text", "hybrid", "compressed"), strict=True):
-        expected = ask(server, mode=mode, max_new_tokens=8)
-        head, *cells = row.find_elements(By.CSS_SELECTOR, "th, td")
-        assert mode in head.text
-        assert cells[0].text.split() == expected["answer"].split()
-        assert cells[1].find_element(By.TAG_NAME, "b").text == f"{expected['usage']['prompt_tokens']:,}"
-        assert "8 written" in cells[2].text
-    assert not page.severe()
-
-
 def test_hybrid_says_which_passage_was_shown_as_text(page: Page, server: httpx.Client) -> None:
     page.click("Load an example")
     page.click("hybrid")
+    assert "most relevant as text" in page["mode-hint"].text
     page.type("tokens", "4")
     page.click("Answer")
     page.answered()
-    shown = [item.text == "shown as text" for item in page.all("#passage-list .mode")]
-    assert shown == [passage["mode"] == "text" for passage in ask(server, mode="hybrid")["passages"]]
-    assert sum(shown) == 1
+    expected = ask(server, mode="hybrid")["passages"]
+    as_text = [state.startswith("Shown as text") for state in page.states()]
+    assert as_text == [passage["mode"] == "text" for passage in expected]
+    assert sum(as_text) == 1
+    for state, passage in zip(page.states(), expected, strict=True):
+        assert f"({passage['tokens']} tokens)" in state
+        assert state.endswith(
+            "it is among the most relevant." if passage["mode"] == "text" else "the mode asks for it."
+        )
+    assert page["plan"].text.startswith("1 as text, 4 compressed at 16 : 1, 0 dropped. The mode decided.")
     (item,) = page.all("#passage-list > .text")
     assert not item.find_elements(By.CSS_SELECTOR, "mark, details")
+
+
+def test_what_does_not_fit_the_budget_is_seen_to_be_dropped(page: Page, server: httpx.Client) -> None:
+    budget = ask(server, mode="compressed")["usage"]["prompt_tokens"] - 1
+    expected = ask(server, mode="compressed", max_prompt_tokens=budget)
+    assert [passage["mode"] for passage in expected["passages"]].count("dropped") == 1
+    page.click("Load an example")
+    page.type("budget", str(budget))
+    page.type("tokens", "4")
+    page.click("Answer")
+    page.answered()
+    for item, sent, passage in zip(page.all("#passage-list > li"), PASSAGES, expected["passages"], strict=True):
+        state = item.find_element(By.CLASS_NAME, "state").text
+        if passage["mode"] == "dropped":
+            assert state == "Dropped because it does not fit the prompt budget."
+            assert not item.find_elements(By.CSS_SELECTOR, "mark, details")
+        else:
+            assert state == f"Compressed ({passage['tokens']} tokens) because the mode asks for it."
+        assert item.find_element(By.CLASS_NAME, "passage-text").text == sent["text"]
+    assert "4 compressed at 16 : 1, 1 dropped." in page["plan"].text
+    assert f"{expected['usage']['prompt_tokens']:,} of " in page["facts"].text
+    assert not page.severe()
+
+
+def test_auto_says_why_and_what_was_not_scored(page: Page, server: httpx.Client) -> None:
+    page.click("auto")
+    page.type("query", "Who?")
+    page.type("passages", "Iron.")
+    page.type("tokens", "2")
+    page.click("Answer")
+    page.answered()
+    expected = ask(server, query="Who?", passages=["Iron."], mode="auto")
+    (passage,) = expected["passages"]
+    assert (passage["mode"], passage["relevance"], expected["answerable"]) == ("text", None, None)
+    assert page.all("#passage-list .relevance")[0].text == "relevance not scored"
+    assert page.states()[0].endswith("because compressing it would not pay.")
+    assert "not every passage was scored" in page["verdict"].text
+    assert "Measured costs per token decided." in page["plan"].text
+    budget = ask(server, mode="compressed")["usage"]["prompt_tokens"] + 150
+    expected = ask(server, mode="auto", max_prompt_tokens=budget)
+    page.click("Load an example")
+    page.type("budget", str(budget))
+    page.click("Answer")
+    page.wait(lambda: len(page.states()) == 5)
+    page.answered()
+    assert "Relevance decided" in page["plan"].text
+    modes = {"text": "Shown as text", "compressed": "Compressed", "dropped": "Dropped"}
+    for state, passage in zip(page.states(), expected["passages"], strict=True):
+        assert state.startswith(modes[passage["mode"]])
+    assert not page.severe()
+
+
+def test_the_three_modes_are_compared(page: Page, server: httpx.Client) -> None:
+    page.click("Load an example")
+    page.type("tokens", "8")
+    page.type("budget", "100")
+    page.click("Compare the three")
+    page.compared()
+    assert [head.text for head in page.all("#comparison thead th")] == ["text", "hybrid", "compressed"]
+    prompts = []
+    for i, mode in enumerate(("text", "hybrid", "compressed")):
+        expected = ask(server, mode=mode, max_new_tokens=8)  # the budget would make three other questions of it
+        assert page.cells("Answer")[i].text.split() == expected["answer"].split()
+        tokens = page.cells("Prompt tokens")[i].find_element(By.TAG_NAME, "b").text
+        assert tokens == f"{expected['usage']['prompt_tokens']:,}"
+        assert "8 written" in page.cells("Time")[i].text
+        assert page.cells("Cost")[i].text == "no price given"
+        prompts.append(expected["usage"]["prompt_tokens"])
+    page.type("price", "2.5")
+    costs = [cell.text for cell in page.cells("Cost")]
+    assert [float(cost) for cost in costs] == pytest.approx([tokens * 2.5 / 1000 for tokens in prompts], rel=0.005)
+    assert not page.severe()
+
+
+def test_the_price_is_kept_and_only_the_price(page: Page, browser: Chrome) -> None:
+    page.click("Load an example")
+    page.type("tokens", "2")
+    page.click("Compare the three")
+    page.compared()
+    page.type("price", "0.15")
+    browser.refresh()
+    page.wait(lambda: page["example"].is_enabled())
+    assert page["price"].get_attribute("value") == "0.15"
+    assert page.script("return Object.values(localStorage)") == ["0.15"]
+    page["key"].send_keys(KEY)
+    page.click("Load an example")
+    page.type("tokens", "2")
+    page.click("Compare the three")
+    page.compared()
+    assert float(page.cells("Cost")[0].text) > float(page.cells("Cost")[2].text) > 0
+    page["price"].send_keys(Keys.CONTROL, "a", Keys.DELETE)
+    assert page.cells("Cost")[0].text == "no price given"
+    assert page.script("return localStorage.length") == 0
 
 
 def test_what_is_typed_stays_text(page: Page, server: httpx.Client) -> None:
@@ -223,7 +201,7 @@ def test_what_is_typed_stays_text(page: Page, server: httpx.Client) -> None:
     page.answered()
     assert page.all(".passage-text")[0].text == hostile
     assert page.all("#passage-list h3")[0].text == "<i>title</i>"
-    assert not page.all("#passage-list img, #passage-list b:not(.relevance b), #passage-list i, main script")
+    assert not page.all("#passage-list img, #passage-list b:not(.relevance b, .state b), #passage-list i, main script")
     assert page.script("return window.hacked") is None
     # The API counts code points, the page UTF-16 units: they differ behind 𝒳 and the family.
     sent = {"title": "<i>title</i>", "text": hostile}
@@ -236,24 +214,34 @@ def test_problems_are_told_in_words(page: Page, browser: Chrome) -> None:
     page.type("query", "Who?")
     page.type("passages", "# Only a title")
     page.click("Answer")
-    page.wait(lambda: page["problem"].text == "Passage 1 has a title but no text.")
+    page.wait(lambda: page.problem() == "Passage 1 has a title but no text.")
     assert page["problem"].get_attribute("role") == "alert"
     page.type("passages", "Marie Curie.\n\n" + "long " * 9)
     page.type("query", "   ")
     page.click("Answer")
-    page.wait(lambda: page["problem"].text == "The question is empty.")
+    page.wait(lambda: page.problem() == "The question is empty.")
+    assert page["problem-where"].text.startswith("field query · request ")
     page.type("query", "Who?")
+    page.type("budget", "2")
+    page.click("Answer")
+    page.wait(lambda: page.problem().startswith("The prompt budget is 2, but the prompt takes "))
+    assert page["problem-where"].text.startswith("field max_prompt_tokens · request ")
+    assert page["budget"].get_attribute("aria-invalid") == "true"
+    assert page["query"].get_attribute("aria-invalid") is None
+    assert browser.switch_to.active_element == page["budget"]
+    page["budget"].clear()
     browser.execute_cdp_cmd("Network.enable", {})
     offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
     try:
         page.click("Answer")
-        page.wait(lambda: page["problem"].text == "The service cannot be reached.")
+        page.wait(lambda: page.problem() == "The service cannot be reached.")
     finally:
         online = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         browser.execute_cdp_cmd("Network.emulateNetworkConditions", online)
     page.click("Answer")
     page.answered()
+    assert not page.all("[aria-invalid]")
 
 
 def test_a_key_is_asked_for_and_kept_nowhere(page: Page, browser: Chrome) -> None:
@@ -261,48 +249,13 @@ def test_a_key_is_asked_for_and_kept_nowhere(page: Page, browser: Chrome) -> Non
     page.click("Load an example")
     page.type("tokens", "2")
     page.click("Answer")
-    page.wait(lambda: "asks for an API key" in page["problem"].text)
+    page.wait(lambda: "asks for an API key" in page.problem())
     assert browser.switch_to.active_element == page["key"]
     browser.switch_to.active_element.send_keys("wrong-0123456789abcdef" + Keys.ENTER)
-    page.wait(lambda: page["problem"].text == "This API key is not valid here.")
+    page.wait(lambda: page.problem() == "This API key is not valid here.")
     page.type("key", KEY + Keys.ENTER)
     page.answered()
     stored = page.script("return [localStorage.length, sessionStorage.length, document.cookie]")
     assert stored == [0, 0, ""]
     browser.refresh()
     assert page["key"].get_attribute("value") == ""
-
-
-def test_keys_alone_are_enough(page: Page, browser: Chrome) -> None:
-    page.script("document.querySelector('.skip').focus()")
-    reached = []
-    for _ in range(9):
-        browser.switch_to.active_element.send_keys(Keys.TAB)
-        element = browser.switch_to.active_element
-        assert element.accessible_name
-        width = page.script("return getComputedStyle(document.activeElement).outlineWidth")
-        assert width == "2px" or element.get_attribute("type") == "radio"  # its label is outlined in its place
-        reached.append(element.accessible_name)
-    for name in ("Question", "Load an example", "Passages", "compressed", "Rate", "New tokens", "API key", "Answer"):
-        assert name in reached
-    page["query"].send_keys("Who?")
-    page["passages"].send_keys("Marie Curie discovered polonium.", Keys.CONTROL, Keys.ENTER)
-    page.answered()
-
-
-def test_light_and_dark_wide_and_narrow(page: Page, browser: Chrome) -> None:
-    page.click("Load an example")
-    page.type("tokens", "2")
-    page.click("Answer")
-    page.answered()
-    grounds = []
-    for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        grounds.append(page.script("return getComputedStyle(document.body).backgroundColor"))
-    assert len(set(grounds)) == 2
-    for width in (320, 1280):
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        assert page.script("return document.documentElement.scrollWidth") <= width
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

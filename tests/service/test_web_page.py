@@ -39,10 +39,9 @@ def test_the_policy_forbids_all_that_the_page_does_not_need(client: httpx.Client
     assert not [rule for rule in policy if "unsafe" in rule or "*" in rule or "http" in rule]
     assert client.get("/").headers["x-content-type-options"] == "nosniff"
     for name, source in SOURCES.items():
-        assert len(source.splitlines()) <= 300, name
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", source
-        )
+        assert len(source.splitlines()) <= 250, name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|cookie", source), name
+        assert "localStorage" not in source or name == "price.js"  # the one thing that is kept
         assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", source), name
 
 
