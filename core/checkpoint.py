@@ -30,7 +30,8 @@ from core.compressors import Compressor
 from core.config import Config, dump_config
 from core.errors import CheckpointError
 from core.generator import Generator, adapter_shapes, load_generator, merge_lora
-from core.golden import read_golden, record_golden, verify_golden, write_golden
+from core.golden import read_golden, write_golden
+from core.golden_check import record_golden, verify_golden
 from core.manifest import ALLOWED, DTYPES, dtype_name, parse_json, read_bounded, read_manifest, write_manifest
 from core.model import Model, build_compressor, place
 from core.prompts import PromptTemplate

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,14 +16,12 @@ from core.config import Config
 from core.document_cache import DocumentCache
 from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
+from core.golden import Golden
 from core.policy import TokenCosts
 from core.prompts import PromptTemplate
 from core.readouts import Embed
 from core.rows import ChunkRow
 from core.tokenization import load_tokenizer
-
-if TYPE_CHECKING:
-    from core.golden import Golden  # which imports this module
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Model:
     encoder_base: BaseModel | None = None
     name: str = "untrained"
     accelerated: Callable[[Sequence[ChunkRow], Embed], CompressorOutput] | None = None
-    golden: "Golden | None" = None
+    golden: Golden | None = None
     quantized: bool = False
     costs: TokenCosts | None = None
     documents: DocumentCache | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from core.golden import verify_golden
+from core.golden_check import verify_golden
 from core.model import Model
 
 # Largest difference from the golden example's outputs. Measured with the demo checkpoint on a CPU: 0.05 in float32 and

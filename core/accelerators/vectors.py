@@ -14,7 +14,7 @@ from core.accelerators.buckets import Bucket
 from core.accelerators.graph import CompressorGraph, example_batch, graph_inputs, graph_tensors
 from core.accelerators.rows import AcceleratedCompressor
 from core.errors import CheckpointError
-from core.golden import TOLERANCE
+from core.golden_check import TOLERANCE
 from core.model import Model
 from core.rows import RowBatch
 from core.tensor_files import read_tensors

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import CheckpointError
-from core.golden import GREEDY, golden_prompt, record_golden
+from core.golden_check import GREEDY, golden_prompt, record_golden
 from core.model import Model
 from service.generation.vllm_wire import Written, completion_fields, prompt_fields, with_logprobs
 
-# Of a log-probability, relative to 1 + the largest: as core.golden allows 16-bit weights, which a server may have.
+# Of a log-probability, relative to 1 + the largest: as core.golden_check allows 16-bit weights; a server may have them.
 TOLERANCE = 0.15
 
 

@@ -21,7 +21,8 @@ from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import GeneratorConfig
 from core.errors import BaseModelError, CheckpointError
 from core.generator import merge_lora
-from core.golden import read_golden, record_golden, verify_golden, write_golden
+from core.golden import read_golden, write_golden
+from core.golden_check import record_golden, verify_golden
 from core.manifest import MANIFEST
 from core.model import Model, build_model
 from core.passages import Passage

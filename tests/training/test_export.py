@@ -14,7 +14,7 @@ from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig, LoraConfig, dump_config
 from core.generator import adapter_shapes, merge_lora
-from core.golden import TOLERANCE
+from core.golden_check import TOLERANCE
 from core.model import Model, build_model
 from core.passages import Passage
 from core.sampling import GenerationOptions
