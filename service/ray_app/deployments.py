@@ -11,7 +11,7 @@ from service.app import create_app
 from service.logs import configure_logging
 from service.ray_app.fleet import Fleet
 from service.ray_app.remote import RemoteEngine
-from service.ray_app.replicas import CompressorReplica, GeneratorReplica
+from service.ray_app.replicas import CompressorReplica, GeneratorReplica, ModelReplica
 from service.ray_app.settings import RaySettings, read_settings
 
 # Ray holds back what is over this, and the application should answer 429 itself: far above `max_requests`.
@@ -49,7 +49,7 @@ def build_app(values: Mapping[str, str]) -> Any:
     return ingress.bind(settings.of_ingress(), compressors, generators)
 
 
-def _deployment(settings: RaySettings, kind: str, replica: type) -> Any:
+def _deployment(settings: RaySettings, kind: str, replica: type[ModelReplica]) -> Any:
     """A deployment that Ray gives as many replicas as its requests need, within its bounds."""
     return serve.deployment(
         replica,

@@ -17,7 +17,8 @@ from service.errors import GeneratorUnavailableError
 from service.failures import shown
 from service.generation.engine import GeneratorEngine
 from service.generation.vllm_engine import VllmEngine
-from service.jobs import AnswerPlan, Delta, Failed, Job
+from service.generation.vllm_server import VllmServer
+from service.jobs import AnswerPlan, Delta, Failed, Job, Outbox
 from service.lane import Lane
 from service.metrics import Metrics
 from service.ray_app.fleet import Fleet
@@ -161,14 +162,16 @@ class RemoteGenerator:
 class PreparedVllmEngine(VllmEngine):
     """A `VllmEngine` that is not ready before the compressor replicas are."""
 
-    fleet: Fleet
+    def __init__(self, fleet: Fleet, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
+        super().__init__(model, server, outbox, metrics)
+        self._fleet = fleet
 
     async def verify(self) -> None:
         """See that all compressor replicas have this version, and the server its weights.
 
         Raises GeneratorUnavailableError and CheckpointError.
         """
-        await self.fleet.prepare(self._model.name)
+        await self._fleet.prepare(self._model.name)
         await super().verify()
 
 
@@ -188,8 +191,7 @@ class RemoteEngine(Engine):
             forget_weights(model.generator)
             generator = RemoteGenerator(model.name, self._fleet, self._calls)
         else:
-            generator = PreparedVllmEngine(model, self.server, self.outbox, self.metrics)
-            generator.fleet = self._fleet
+            generator = PreparedVllmEngine(self._fleet, model, self.server, self.outbox, self.metrics)
         shared = self.caches.shared_rows()
         lane = RemoteLane(model, self.settings, self.metrics, generator, shared, self._fleet, self._calls)
         self.worker.open(lane)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -58,6 +58,7 @@ def read_settings(values: Mapping[str, str]) -> RaySettings:
     known = {PREFIX + name.upper() for name in RaySettings.model_fields}
     check_environment([name for name in os.environ if name.upper() not in known])
     try:
-        return RaySettings(**values)  # type: ignore[arg-type]  # pydantic parses the texts
+        given: dict[str, Any] = dict(values)  # texts, which pydantic parses
+        return RaySettings(**given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None

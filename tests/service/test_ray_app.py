@@ -79,12 +79,13 @@ def lone(folder: Path) -> Lone:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A cluster of this machine alone; yields the address of its HTTP proxy."""
+    """A cluster of this machine alone, or the one that RAY_ADDRESS names; yields the address of its HTTP proxy."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # As many CPUs as there are processes to start, however many this machine has.
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    own = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+    ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
