@@ -16,9 +16,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-WIDTH, HEIGHT = 1280, 900
+WIDTH, HEIGHT = 1280, 920
 FOLDER = Path(__file__).parent
-POINTS = 8  # readings of the metrics before the second picture, so that there are lines to see
+POINTS = 4  # readings of the metrics after the comparison, so that its end is in the lines
 
 
 def main(url: str, mode: str = "compressed", budget: str = "") -> None:
@@ -46,7 +46,8 @@ def main(url: str, mode: str = "compressed", budget: str = "") -> None:
         browser.find_element(By.ID, "compare").click()
         wait.until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#comparison-rows .said")) == 3)
         browser.find_element(By.ID, "price").send_keys("1")
-        wait.until(lambda _: readings(browser) >= POINTS)
+        before = readings(browser)
+        wait.until(lambda _: readings(browser) >= before + POINTS)
         media = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         top = browser.find_element(By.ID, "comparison").rect["y"] - 40
@@ -67,7 +68,7 @@ def save(browser: Chrome, name: str, top: float, height: float) -> None:
     clip = {"x": 0, "y": top, "width": WIDTH, "height": height, "scale": 1}
     command = {"captureBeyondViewport": True, "clip": clip}
     data = base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", command)["data"])
-    Image.open(BytesIO(data)).quantize(128).save(FOLDER / name, optimize=True)  # a palette: a third of the size
+    Image.open(BytesIO(data)).quantize(256).save(FOLDER / name, optimize=True)  # a palette: a third of the size
 
 
 if __name__ == "__main__":

@@ -55,19 +55,15 @@ function chart(name, title, show) {
   return { figure: element("figure", { class: "chart" }, caption, image, most), draw };
 }
 
-/** The path of one line: broken where a value is missing, a dot where one stands alone. */
+/** The path through all points that have the value. Where nothing was answered there is none: it is not drawn as 0. */
 function line(name, points, span, highest) {
   const end = points.at(-1)?.at;
-  let path = "";
-  let open = false;
-  for (const { at, values } of points) {
-    const value = values[name];
-    if (value !== null) {
+  const places = points
+    .filter(({ values }) => values[name] !== null)
+    .map(({ at, values }) => {
       const x = WIDTH * (1 - (end - at) / span);
-      const y = HEIGHT - 1 - (HEIGHT - 3) * (value / highest);
-      path += `${open ? "L" : "M"}${x.toFixed(2)} ${y.toFixed(2)}${open ? "" : "h0"}`;
-    }
-    open = value !== null;
-  }
-  return path;
+      const y = HEIGHT - 1 - (HEIGHT - 3) * (values[name] / highest);
+      return `${x.toFixed(2)} ${y.toFixed(2)}`;
+    });
+  return places.length ? `M${places.join("L")}h0` : ""; // h0: one point alone is a dot
 }
