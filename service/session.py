@@ -128,6 +128,11 @@ class Session:
             return "tokenize"
         return next((stage for stage in STAGES[1:] if stage not in self._job.marks), STAGES[-1])
 
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, less than 0 once it has passed."""
+        return self._deadline - asyncio.get_running_loop().time()
+
     def stage_times(self) -> list[tuple[str, float, float]]:
         """(stage, begin, end) of what the request has been through, in seconds of `time.perf_counter`."""
         marks = self._job.marks if self._job else {}

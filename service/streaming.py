@@ -19,6 +19,7 @@ from service.schemas import AnsweredPassage, AnswerResponse, Evidence
 from service.session import Session
 
 log = logging.getLogger(__name__)
+SLOW_READER_SECONDS = 10.0  # beyond the deadline, for a client to take in what was sent before
 
 
 class AnswerFormat(Protocol):
@@ -81,11 +82,12 @@ class AnswerStream(Response):
         self._keepalive_s = session.engine.settings.keepalive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the answer is complete or the client leaves."""
+        """Send events until the answer is complete, the client leaves, or it has stopped reading past the deadline."""
         sender = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(until_disconnect(receive))
         try:
-            await asyncio.wait((sender, leaving), return_when=asyncio.FIRST_COMPLETED)
+            patience = self._session.seconds_left + SLOW_READER_SECONDS
+            await asyncio.wait((sender, leaving), return_when=asyncio.FIRST_COMPLETED, timeout=patience)
         finally:
             self._session.close()
             for task in (sender, leaving):

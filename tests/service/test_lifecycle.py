@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import json
 import socket
 import threading
 import time
@@ -10,13 +11,15 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from starlette.types import Message
 
 from core import pipeline
 from core.model import Model
 from service import lane as lane_module
+from service.app import create_app
 from service.engine import Engine
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
-from tests.service.conftest import Serve
+from tests.service.conftest import Serve, make_settings
 from tests.service.test_admission import wait_until_empty
 
 LONG: dict[str, Any] = {"query": QUERY, "passages": PASSAGES, "max_new_tokens": 500}
@@ -78,6 +81,29 @@ def test_a_client_that_leaves_frees_its_slot(serve: Serve, stream: bool) -> None
         wait_until_empty(client)
         wait_for(lambda: lane_jobs(client) == 0, 2)
         assert answer(client)["answer"]
+
+
+def test_a_client_that_reads_nothing_frees_its_slot(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.streaming.SLOW_READER_SECONDS", 0.1)
+    app = create_app(make_settings(), model)
+    body = json.dumps({"query": QUERY, "passages": PASSAGES, "stream": True, "timeout": 5}).encode()
+    bodies = iter([{"type": "http.request", "body": body}])
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/answer", "query_string": b"", "headers": headers, "state": {}}
+
+    async def receive() -> Message:
+        return next(bodies, None) or await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Future()  # as a socket's buffer that stays full
+
+    async def stream() -> int:
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(app(scope, receive, send), 60)
+            return len(app.state.engine.sessions)
+
+    assert asyncio.run(stream()) == 0
 
 
 def test_a_worker_that_dies_is_noticed_within_seconds(serve: Serve) -> None:

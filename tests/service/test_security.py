@@ -48,8 +48,8 @@ def test_keys_guard_everything_but_health(serve: Serve) -> None:
 def test_a_key_may_hold_any_character(serve: Serve) -> None:
     key = "schlüssel-日本-0123456789"
     with serve(api_keys=key) as client:
-        assert client.post("/rerank", json=BODY, headers={"X-API-Key": key.encode()}).status_code == 200
-        assert client.post("/rerank", json=BODY, headers={"X-API-Key": key[:-1].encode()}).status_code == 403
+        assert client.post("/rerank", json=BODY, headers={b"X-API-Key": key.encode()}).status_code == 200
+        assert client.post("/rerank", json=BODY, headers={b"X-API-Key": key[:-1].encode()}).status_code == 403
 
 
 def test_admin_is_absent_without_its_key_and_closed_to_others(serve: Serve) -> None:
