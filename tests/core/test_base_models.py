@@ -235,8 +235,7 @@ def test_smollm2_answers_a_chat_prompt(smollm2: Path) -> None:
     question = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
     prompt = tokenizer(tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False))
     ids = torch.tensor([prompt.input_ids])  # (1, prompt)
-    # transformers declares `generate` on a protocol that its own automatic classes do not fit.
-    output = model.generate(ids, max_new_tokens=16, do_sample=False)  # type: ignore[misc]
+    output = model.generate(ids, max_new_tokens=16, do_sample=False)
     answer = output[0, ids.numel() :]
     assert "Paris" in tokenizer.decode(answer)
     assert int(answer[-1]) == tokenizer.eos_token_id
