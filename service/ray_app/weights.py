@@ -20,7 +20,9 @@ def forget_weights(module: nn.Module, kept: Tensor | None = None) -> None:
 
 def keep_compressor(model: Model) -> None:
     """Leave what compression takes: the compressor, and the generator's input embeddings, which a pointer copies."""
-    forget_weights(model.generator, model.generator.model.get_input_embeddings().weight)
+    table = model.generator.model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)  # every causal model of transformers keeps one table
+    forget_weights(model.generator, table)
 
 
 def keep_generator(model: Model) -> None:

@@ -67,7 +67,7 @@ def test_a_request_may_name_a_version_that_is_in_memory(root: Path) -> None:
         before = client.post("/rerank", json=body).json()
         refused = client.post("/rerank", json=body, headers={"X-Checkpoint": second})  # on disk only: nothing is loaded
         assert (refused.status_code, error(refused)["code"], error(refused)["field"]) == (
-            422,
+            404,
             "model_not_found",
             "X-Checkpoint",
         )

@@ -225,7 +225,7 @@ def test_errors_keep_their_shape(client: httpx.Client) -> None:
     late = client.post("/answer", json={"query": QUERIES[0], "passages": PASSAGES, "timeout": 1e-4})
     assert (late.status_code, error(late)["code"]) == (504, "deadline")
     unknown = ask(client, 0, **{"X-Checkpoint": "second@000000000000"})[2]
-    assert (unknown.status_code, error(unknown)["code"]) == (422, "model_not_found")
+    assert (unknown.status_code, error(unknown)["code"]) == (404, "model_not_found")
     assert error(client.get("/admin/checkpoints"))["code"] == "unauthorized"
     assert error(client.get("/nothing"))["code"] == "not_found"
 
