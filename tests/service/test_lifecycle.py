@@ -87,16 +87,16 @@ def test_a_client_that_reads_nothing_frees_its_slot(model: Model, monkeypatch: p
     monkeypatch.setattr("service.streaming.SLOW_READER_SECONDS", 0.1)
     app = create_app(make_settings(), model)
     body = json.dumps({"query": QUERY, "passages": PASSAGES, "stream": True, "timeout": 5}).encode()
-    bodies = iter([{"type": "http.request", "body": body}])
+    arriving: list[Message] = [{"type": "http.request", "body": body}]
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/answer", "query_string": b"", "headers": headers, "state": {}}
 
     async def receive() -> Message:
-        return next(bodies, None) or await asyncio.Future()
+        return arriving.pop() if arriving else await asyncio.Future[Message]()
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
-            await asyncio.Future()  # as a socket's buffer that stays full
+            await asyncio.Future[None]()  # as a socket's buffer that stays full
 
     async def stream() -> int:
         async with app.router.lifespan_context(app):
