@@ -124,7 +124,7 @@ def processes(deployment: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::ServeReplica:default:" + deployment.encode()):
+            if path.read_bytes().startswith(f"ray::SERVE_REPLICA::default#{deployment}#".encode()):
                 found.append(int(path.parent.name))
     return sorted(found)
 
