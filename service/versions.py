@@ -109,7 +109,7 @@ class Versions:
     def _check_memory(self, folder: Path) -> None:
         """Refuse what would not fit beside the versions in memory, before it is loaded."""
         sizes = [model_bytes(version.model) for version in self._loaded.values()]
-        needed = int(LOADING_FACTOR * max(_file_bytes(folder), *sizes))
+        needed = int(LOADING_FACTOR * max([_file_bytes(folder), *sizes]))
         limit = self._settings.max_model_bytes
         free = limit - sum(sizes) if limit else free_bytes()
         if needed > free:
