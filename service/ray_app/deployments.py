@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.logs import configure_logging
@@ -18,6 +20,23 @@ from service.ray_app.settings import RaySettings, read_settings
 HELD_BACK = 100_000
 
 
+class OneRequestId:
+    """Leaves `X-Request-Id` out of responses: Ray's proxy, which has handed the id on, puts it there itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without)
+
+
 class Ingress:
     """The FastAPI application; Ray serves what `__serve_build_asgi_app__` returns."""
 
@@ -27,7 +46,9 @@ class Ingress:
         self._fleet = Fleet(compressors, generators)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._settings, engine_class=partial(RemoteEngine, self._fleet))
+        app = create_app(self._settings, engine_class=partial(RemoteEngine, self._fleet))
+        app.add_middleware(OneRequestId)
+        return app
 
 
 def build_app(values: Mapping[str, str]) -> Any:

@@ -124,7 +124,8 @@ def processes(deployment: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(f"ray::SERVE_REPLICA::default#{deployment}#".encode()):
+            title = path.read_bytes()
+            if title.startswith(b"ray::") and b":ServeReplica:default:" + deployment.encode() in title:
                 found.append(int(path.parent.name))
     return sorted(found)
 
