@@ -120,12 +120,11 @@ def wait_until(true: Any, seconds: float = START_SECONDS) -> None:
 
 
 def processes(deployment: str) -> list[int]:
-    """The replicas of a deployment, by the name that Ray gives a process."""
+    """The replicas of a deployment that are up, by the name that Ray gives a process once it has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            title = path.read_bytes()
-            if title.startswith(b"ray::") and b":ServeReplica:default:" + deployment.encode() in title:
+            if path.read_bytes().startswith(b"ray::ServeReplica:default:" + deployment.encode()):
                 found.append(int(path.parent.name))
     return sorted(found)
 
