@@ -311,7 +311,8 @@ def test_a_replica_that_starts_after_a_swap_serves_what_the_others_serve(
 
 
 def test_each_kind_is_scaled_by_its_own_queue(client: httpx.Client, lone: Lone, folder: Path) -> None:
-    """Last, as it replaces what the others use."""
+    """Last, as it takes away what the others use: a deployment that is only changed keeps its number of replicas."""
+    serve.delete("default")
     deploy(folder, compressor_max_replicas=1, generator_max_replicas=2, generator_target_requests=1, upscale_seconds=1)
     wait_until(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [1, 1])
     wait_until(lambda: client.get("/readyz").status_code == 200)
