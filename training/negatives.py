@@ -3,6 +3,7 @@
 Does not know how a retriever scores: BM25 is here, embedding models are in `dense.py`.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Protocol
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from training.answer_match import answer_words, contains, words
 from training.data_format import RowPassage
 from training.examples import Example
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and tells of every index
 
 Scores = npt.NDArray[np.float32]
 

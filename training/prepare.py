@@ -249,7 +249,6 @@ def config_from(args: argparse.Namespace) -> PrepareConfig:
 def run(args: argparse.Namespace) -> None:
     """Prepare and write. Raises ScaledownError for what the user can mend."""
     config = config_from(args)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
     if (config.dev_share > 0) != (args.dev_out is not None):
         raise ConfigError("--dev-out and a dev_share over 0 go together")
     prepared = prepare(config)
