@@ -244,6 +244,8 @@ def test_a_killed_replica_loses_no_request(client: httpx.Client, lone: Lone, dep
 
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_the_others_with_their_answer(client: httpx.Client) -> None:
     wait_until(lambda: len(processes("Generator")) == 2)
+    with Load(client) as load:  # Ray gives requests that come at once to the replicas whose queues it has seen
+        load.wait(24)
     begun = threading.Barrier(9)
     body = {"query": QUERIES[0], "passages": PASSAGES, "max_new_tokens": 4000, "stream": True}
 
