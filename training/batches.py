@@ -66,8 +66,10 @@ def make_example(
 ) -> TrainExample:
     """Sample passages, mode and rate with randomness that `key` determines, and tokenise."""
     rng = random.Random(key)
+    passages, empty = sample_passages(row, data, rng)
     mode = rng.choices(list(data.modes), weights=list(data.modes.values()))[0]
-    passages, empty = sample_passages(row, data, mode, rng)
+    if mode == "text" and data.text_passages is not None:
+        passages = most_relevant(passages, data.text_passages)
     rate = rng.choice(model.config.compressor.rates)
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
@@ -99,7 +101,7 @@ def teacher_targets(logits: TeacherLogits, row_id: str, answer_ids: Sequence[int
     return TokenTargets(targets.answer_ids[:count], targets.top_ids[:count], targets.top_logprobs[:count])
 
 
-def sample_passages(row: Row, data: DataConfig, mode: Mode, rng: random.Random) -> tuple[list[RowPassage], bool]:
+def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[list[RowPassage], bool]:
     """Choose an example's passages: relevant ones first, then others, in shuffled order.
 
     The second value says that the relevant ones were left out on purpose (`data.empty_share`).
@@ -107,14 +109,19 @@ def sample_passages(row: Row, data: DataConfig, mode: Mode, rng: random.Random) 
     relevant = [passage for passage in row.passages if (passage.relevance or 0) > 0.5]
     others = [passage for passage in row.passages if (passage.relevance or 0) <= 0.5]
     empty = bool(relevant and others) and rng.random() < data.empty_share
-    asked = data.passages if mode != "text" or data.text_passages is None else data.text_passages
-    wanted = asked or len(row.passages)
+    wanted = data.passages or len(row.passages)
     rng.shuffle(relevant)
     rng.shuffle(others)
     chosen = ([] if empty else relevant[:wanted]) + others
     chosen = chosen[:wanted]
     rng.shuffle(chosen)
     return chosen, empty
+
+
+def most_relevant(passages: Sequence[RowPassage], count: int) -> list[RowPassage]:
+    """The `count` passages of highest relevance, in the order they stand in; of equal ones the first."""
+    by_relevance = sorted(range(len(passages)), key=lambda index: -(passages[index].relevance or 0))
+    return [passages[index] for index in sorted(by_relevance[:count])]
 
 
 def find_hits(

@@ -66,21 +66,25 @@ def test_relevant_passages_are_kept_and_shuffled() -> None:
     row = make_rows(1)[0]
     places = []
     for seed in range(20):
-        chosen, empty = sample_passages(row, DataConfig(passages=2), "compressed", random.Random(seed))
+        chosen, empty = sample_passages(row, DataConfig(passages=2), random.Random(seed))
         assert len(chosen) == 2
         assert not empty
         places.append([passage.relevance for passage in chosen].index(1.0))
     assert set(places) == {0, 1}
 
 
-def test_text_examples_have_as_many_passages_as_they_are_to(model: Model) -> None:
+def test_text_examples_keep_the_most_relevant_of_their_passages(model: Model) -> None:
     row = make_rows(1)[0]
-    counts = {
-        mode: {len(make_example(model, row, data, LossConfig(), str(key)).request.passages) for key in range(4)}
-        for mode in ("compressed", "text")
-        for data in [DataConfig(passages=2, text_passages=1, modes={mode: 1.0})]
-    }
-    assert counts == {"compressed": {2}, "text": {1}}
+    for key in map(str, range(6)):
+        compressed, text = (
+            make_example(model, row, DataConfig(passages=3, text_passages=2, modes={mode: 1.0}), LossConfig(), key)
+            for mode in ("compressed", "text")
+        )
+        assert len(compressed.request.passages) == 3
+        assert len(text.request.passages) == 2
+        assert sorted(text.relevance or []) == [0.0, 1.0]
+        order = list(compressed.request.passages)
+        assert [order.index(passage) for passage in text.request.passages] in ([0, 1], [0, 2], [1, 2])
 
 
 def test_empty_examples_train_relevance_only(model: Model) -> None:
@@ -183,5 +187,5 @@ def test_stored_logits_belong_to_exactly_the_target_tokens(tmp_path: Path) -> No
 
 def test_a_row_without_passages_to_leave_out_is_never_empty() -> None:
     row = Row("r", "q", (RowPassage("only", relevance=1.0),), ("a",))
-    chosen, empty = sample_passages(row, DataConfig(empty_share=1.0), "compressed", random.Random(0))
+    chosen, empty = sample_passages(row, DataConfig(empty_share=1.0), random.Random(0))
     assert (len(chosen), empty) == (1, False)
