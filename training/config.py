@@ -23,7 +23,7 @@ class DataConfig:
     train, dev        files of rows, as `training prepare` and `training label` write them; `pretrain`: of texts
     logits            folder of the teacher's logits, as `training label --logits` writes them; for loss.kl
     passages          passages an example gets: all relevant ones first, then others, shuffled; 0: all of the row
-    text_passages     how many of these an example in `text` mode keeps, whose prompt costs several times as much; null: all
+    text_passages     how many of these an example in `text` mode keeps, whose prompts cost several times as much
     empty_share       share of examples whose relevant passages are taken away: they train relevance only
     answer_tokens     longer target answers are cut
     prompt_tokens     examples with a longer generator prompt are skipped and counted
