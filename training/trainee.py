@@ -10,6 +10,7 @@ from torch import nn
 from core.errors import ConfigError
 from core.model import Model, build_model
 from training.adapters import add_lora
+from training.attention import use_matrix_attention
 from training.config import OptimizerConfig, TrainConfig
 from training.run_state import start_from
 from training.runtime import Runtime
@@ -27,9 +28,8 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
         for parameter in model.generator.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     if runtime.device.type == "cpu":
-        # Fused attention's backward takes three times as long as plain matrix products in bfloat16 on a CPU.
         for backbone in (model.generator.model, model.compressor.backbone):
-            backbone.set_attn_implementation("eager")
+            use_matrix_attention(backbone)
     model.generator.requires_grad_(False)
     wanted, seed = config.model.generator.lora, config.loop.seed
     lora = add_lora(model.generator.model, wanted, seed) if wanted else []
