@@ -2,7 +2,7 @@
 
 import re
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -37,7 +37,7 @@ def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Paramete
     for layer in module.modules():
         if isinstance(layer, LoraLinear) and not lora.dropout:
             # A method of this one layer, so that peft's names, and what is saved under them, stay.
-            layer.forward = MethodType(_adapted_linear, layer)
+            layer.forward = MethodType(_adapted_linear, layer)  # type: ignore[method-assign]
         elif isinstance(layer, LoraLinear):
             # Autocast picks the type: peft would first copy every input to float32, a sixth of a step on a CPU.
             layer.cast_input_dtype_enabled = False
@@ -83,19 +83,25 @@ class AdaptedLinear(Function):
         return grad_x, None, grad_down, grad_up, None
 
 
+def adapted_linear(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`AdaptedLinear` as a function."""
+    output: Tensor = AdaptedLinear.apply(x, weight, down, up, scale)  # type: ignore[no-untyped-call]  # torch's own
+    return output
+
+
 def _adapted_linear(layer: LoraLinear, x: Tensor) -> Tensor:
     """The forward of a peft layer through `AdaptedLinear`: x (..., in) -> (..., out)."""
-    base = layer.get_base_layer()
-    weight, bias = base.weight, base.bias
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    with torch.autocast(x.device.type, enabled=False):
-        flat = x.flatten(0, -2).to(weight.dtype)  # (..., in) -> (N, in)
-        output: Tensor = AdaptedLinear.apply(flat, weight, down, up, layer.scaling[ADAPTER])
+    base = cast("nn.Linear", layer.get_base_layer())
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+    scale = layer.scaling[ADAPTER]
+    down, up = (side[ADAPTER].weight for side in (layer.lora_A, layer.lora_B))
+    with torch.autocast(kind, enabled=False):
+        flat = x.flatten(0, -2).to(dtype)  # (..., in) -> (N, in)
+        output = adapted_linear(flat, base.weight.to(dtype), cast("Tensor", down), cast("Tensor", up), scale)
         output = output.unflatten(0, x.shape[:-1])  # (N, out) -> (..., out)
-        return output if bias is None else output + bias
+        bias: Tensor | None = base.bias
+        return output if bias is None else output + bias.to(dtype)
 
 
 def whole_copy(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from core.config import LoraConfig
-from training.adapters import AdaptedLinear, add_lora
+from training.adapters import adapted_linear, add_lora
 
 WANTED = LoraConfig(r=2, alpha=4, dropout=0.0, target_modules=("first", "second"))
 
@@ -60,7 +60,7 @@ def test_gradients_are_the_derivative() -> None:
     torch.manual_seed(0)
     x, down, up = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (2, 4), (3, 2)))
     weight = torch.randn(3, 4, dtype=torch.float64)
-    assert gradcheck(lambda x, down, up: AdaptedLinear.apply(x, weight, down, up, 0.7), (x, down, up))
+    assert gradcheck(lambda x, down, up: adapted_linear(x, weight, down, up, 0.7), (x, down, up))
 
 
 def test_with_dropout_pefts_own_forward_runs() -> None:
@@ -68,7 +68,7 @@ def test_with_dropout_pefts_own_forward_runs() -> None:
     add_lora(module, LoraConfig(r=2, alpha=4, dropout=0.5, target_modules=("first", "second")), seed=0)
     for layer in adapted_layers(module):
         assert "forward" not in vars(layer)
-        nn.init.ones_(layer.lora_B["default"].weight)
+        nn.init.ones_(layer.get_parameter("lora_B.default.weight"))
     x = torch.ones(1, 8)
     assert not torch.equal(module(x), module(x))
     module.eval()
