@@ -101,7 +101,7 @@ def _adapted_linear(layer: LoraLinear, x: Tensor) -> Tensor:
         output = adapted_linear(flat, base.weight.to(dtype), cast("Tensor", down), cast("Tensor", up), scale)
         output = output.unflatten(0, x.shape[:-1])  # (N, out) -> (..., out)
         bias: Tensor | None = base.bias
-        return output if bias is None else output + bias.to(dtype)
+        return output if bias is None else torch.add(output, bias.to(dtype))
 
 
 def whole_copy(value: Tensor) -> Tensor:
