@@ -135,9 +135,14 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """All of one run. `start`: the `best/` or `last/` of a run, or a checkpoint, to begin from; empty: base weights."""
+    """All of one run.
+
+    start           the `best/` or `last/` of a run, or a checkpoint, to begin from; empty: base weights
+    start_adapter   another such folder to take the generator's adapter from; empty: `start`'s, if it has one
+    """
 
     start: str = ""
+    start_adapter: str = ""
     model: Config = dataclasses.field(default_factory=Config)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)

@@ -155,6 +155,24 @@ def start_from(model: Model, folder: Path) -> None:
         model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
-    for name in ("adapter.safetensors", "generator.safetensors"):
-        if (folder / name).exists() and model.config.generator.lora is not None:
-            load_adapter(model.generator.model, load_file(folder / name))
+    if model.config.generator.lora is not None and (file := adapter_file(folder)):
+        load_adapter(model.generator.model, load_file(file))
+
+
+def start_adapter_from(model: Model, folder: Path) -> None:
+    """Begin from the generator's adapter of a run's `best/` or `last/`, or of a checkpoint. Raises CheckpointError."""
+    if model.config.generator.lora is None:
+        raise CheckpointError("start_adapter: model.generator.lora is not given, so there is no adapter to set")
+    file = adapter_file(folder)
+    if file is None:
+        raise CheckpointError(f"start_adapter: {folder} has no adapter")
+    try:
+        load_adapter(model.generator.model, load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"start_adapter: {folder} cannot be read: {error}") from None
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """Where a run's folder, or a checkpoint, keeps its adapter."""
+    files = (folder / name for name in ("adapter.safetensors", "generator.safetensors"))
+    return next((file for file in files if file.exists()), None)

@@ -12,7 +12,7 @@ from core.model import Model, build_model
 from training.adapters import add_lora
 from training.attention import use_matrix_attention
 from training.config import OptimizerConfig, TrainConfig
-from training.run_state import start_from
+from training.run_state import start_adapter_from, start_from
 from training.runtime import Runtime
 
 
@@ -35,6 +35,8 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
     lora = add_lora(model.generator.model, wanted, seed) if wanted else []
     if config.start:
         start_from(model, Path(config.start))
+    if config.start_adapter:
+        start_adapter_from(model, Path(config.start_adapter))
     groups = _parameter_groups(model, lora, config)
     if not groups:
         raise ConfigError("optimizer: every learning rate is 0, so nothing would be trained")

@@ -135,6 +135,24 @@ def test_a_run_can_start_from_another(long_run: tuple[Path, Path], tmp_path: Pat
     assert train(config, tmp_path / "wrong", *arguments, "model.compressor.rates=[8,2]") == 1  # more slots
 
 
+def test_the_adapter_can_come_from_a_run_of_its_own(long_run: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = long_run
+    still = ["loop.max_steps=1", "optimizer.compressor_lr=1e-12", "optimizer.generator_lr=1e-12"]
+    assert train(config, tmp_path / "base", *still) == 0
+    assert train(config, tmp_path / "out", *still, f"start_adapter={whole / 'last'}") == 0
+    for name, source in (("compressor.safetensors", tmp_path / "base"), ("adapter.safetensors", whole)):
+        one, other = load_file(tmp_path / "out" / "last" / name), load_file(source / "last" / name)
+        assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one | other)
+
+
+def test_an_adapter_that_is_not_there_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama))
+    assert train(config, tmp_path / "out", f"start_adapter={tmp_path}") == 1
+    assert f"start_adapter: {tmp_path} has no adapter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", ["optimizer.train_embeddings=false", "model.compressor.rates=[8,2]"])
 def test_other_settings_do_not_resume(
     long_run: tuple[Path, Path], change: str, capsys: pytest.CaptureFixture[str]
