@@ -22,7 +22,7 @@ from service.dialects.errors import DialectErrors
 from service.engine import Engine
 from service.errors import error_body, error_response, plain_response, validation_error
 from service.metrics import Metrics
-from service.middleware import Authentication, BodyLimit, RequestContext
+from service.middleware import Authentication, BodyLimit, HeadAsGet, RequestContext
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 from service.versions import Versions
@@ -90,6 +90,7 @@ def create_app(
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing | None) -> None:
     """The last one added is the outermost."""
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
     app.add_middleware(DialectErrors)

@@ -110,6 +110,25 @@ class Authentication:
         await self.app(scope, receive, send)
 
 
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, with the status and headers of GET and no body: probes ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+
+        # A copy: the server and the log go on to see HEAD.
+        await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
 class BodyLimit:
     """Reads the whole body before the route runs: no more of it than allowed, in the time allowed.
 

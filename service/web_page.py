@@ -67,4 +67,4 @@ async def _send(path: Path) -> Response:
 CONTENT = {path: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
 for _path in CONTENT:
     _url = "/" if _path.name == "index.html" else f"/page/{_path.name}"
-    router.add_api_route(_url, partial(_send, _path), methods=["GET", "HEAD"], response_class=Response)
+    router.add_api_route(_url, partial(_send, _path), methods=["GET"], response_class=Response)

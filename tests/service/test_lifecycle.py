@@ -57,6 +57,15 @@ def test_health(client: httpx.Client) -> None:
     }
 
 
+def test_head_is_answered_wherever_get_is(client: httpx.Client) -> None:
+    for path in ("/livez", "/readyz", "/metrics", "/", "/page/page.js", "/page/state", "/v1/models", "/openapi.json"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head("/answer").status_code == 405
+    assert client.head("/nothing").status_code == 404
+
+
 def test_a_deadline_ends_a_request_and_frees_its_slot(serve: Serve) -> None:
     with serve() as client:
         response = client.post("/answer", json={**LONG, "timeout": 0.2})
