@@ -2,12 +2,27 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
 from core.config import Mode
 from core.policy import PlanReason
 
-HybridTop = Annotated[int, Field(ge=1, description="passages hybrid shows as text")]
+
+def _only_in_hybrid(value: int, info: ValidationInfo) -> int:
+    """Raises ValueError for a `hybrid_top` that the mode beside it, declared before it, passes over.
+
+    `rate` passes in every mode: who compares modes sends it with each. This one asks for texts that would not come.
+    """
+    if info.data.get("mode", "hybrid") != "hybrid":
+        raise ValueError("is only for mode hybrid; set mode to hybrid, or leave this out")
+    return value
+
+
+HybridTop = Annotated[
+    int,
+    Field(ge=1, description="passages hybrid shows as text; refused in other modes"),
+    AfterValidator(_only_in_hybrid),
+]
 MaxPromptTokens = Annotated[
     int,
     Field(

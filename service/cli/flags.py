@@ -14,7 +14,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         "choices": get_args(Mode),
         "help": "how passages reach the generator; hybrid: the best as text; auto: each as relevance and costs have it",
     },
-    "hybrid_top": {"type": int, "help": "passages that hybrid shows as text"},
+    "hybrid_top": {"type": int, "help": "with --mode hybrid: passages shown as text"},
     "max_prompt_tokens": {"type": int, "help": "longest prompt; what does not fit is compressed or left out"},
     "min_relevance": {"type": float, "help": "leave out passages that are less relevant, 0 to 1"},
     "rate": {"type": int, "help": "compression rate: one of the checkpoint's"},

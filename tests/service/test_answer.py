@@ -1,5 +1,7 @@
 """POST /answer: the contract, and that the service says what the pipeline says."""
 
+from typing import Any
+
 import httpx
 import pytest
 
@@ -70,6 +72,18 @@ def test_text_mode_saves_nothing(client: httpx.Client) -> None:
 def test_hybrid_top_shows_so_many_as_text(client: httpx.Client) -> None:
     modes = [p["mode"] for p in answer(client, mode="hybrid", hybrid_top=2)["passages"]]
     assert sorted(modes) == ["compressed", "text", "text"]
+
+
+@pytest.mark.parametrize("values", [{}, {"mode": "compressed"}, {"mode": "text"}, {"mode": "auto"}])
+def test_hybrid_top_is_refused_where_it_has_no_effect(client: httpx.Client, values: dict[str, Any]) -> None:
+    native = {"query": QUERY, "passages": PASSAGES, "hybrid_top": 2, **values}
+    chat = {"model": "scaledown", "messages": [{"role": "user", "content": QUERY}], "documents": ["a"], "hybrid_top": 2}
+    refused = client.post("/answer", json=native)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["field"] == "hybrid_top"
+    assert "only for mode hybrid" in refused.json()["error"]["message"]
+    dialect = client.post("/v1/chat/completions", json={**chat, **values})
+    assert (dialect.status_code, dialect.json()["error"]["param"]) == (400, "hybrid_top")
 
 
 def test_a_seed_repeats_and_options_count(client: httpx.Client) -> None:
