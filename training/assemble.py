@@ -28,6 +28,7 @@ class AssemblyConfig:
     random_negatives       how many of the negatives are drawn at random instead of by score
     mine                   take negatives from the collection; false: only those that came with the example
     drop_answer_passages   no negative may contain an answer
+    match_titles           where positives have no title, negatives lose theirs: else a title alone would tell them apart
     without_positives      examples that came with no passages at all: `distant` makes the best retrieved passage with
                            an answer the positive (DPR), `unjudged` takes the best retrieved ones as they are, for a
                            teacher to answer and score (OSCAR sec. 4), `skip` leaves the example out
@@ -38,6 +39,7 @@ class AssemblyConfig:
     random_negatives: Annotated[int, Field(ge=0)] = 1
     mine: bool = True
     drop_answer_passages: bool = True
+    match_titles: bool = True
     without_positives: Literal["distant", "unjudged", "skip"] = "distant"
     seed: int = 0
 
@@ -88,11 +90,11 @@ def _passages(
     random = random_negatives(example, collection, room - len(hard), hard, rng) if config.mine else []
     given = {passage.content: passage for passage in example.negatives}
     negatives = [given.get(collection.texts[index], collection.passages[index]) for index in hard]
-    return (
-        kept
-        + [_judged(passage, 0.0) for passage in negatives]
-        + [replace(collection.passages[index], relevance=0.0) for index in random]
-    )
+    negatives = [_judged(passage, 0.0) for passage in negatives]
+    negatives += [replace(collection.passages[index], relevance=0.0) for index in random]
+    if config.match_titles and not all(passage.title for passage in kept):
+        negatives = [replace(passage, title="") for passage in negatives]
+    return kept + negatives
 
 
 def _judged(passage: RowPassage, relevance: float) -> RowPassage:

@@ -17,6 +17,7 @@ class RowStatistics:
     full              rows with as many passages as the largest row
     answer_in_positive  rows with a positive that contains an answer
     answer_elsewhere  rows with an answer in a passage that is no positive
+    titled_positives, titled_others  passages with a title: where these differ much, titles tell which is which
     """
 
     rows: int
@@ -29,6 +30,8 @@ class RowStatistics:
     full: float
     answer_in_positive: float
     answer_elsewhere: float
+    titled_positives: float
+    titled_others: float
 
     def __str__(self) -> str:
         return (
@@ -36,7 +39,8 @@ class RowStatistics:
             f"{self.full:.0%} of rows are full), {self.query_words:.1f} words in the query, "
             f"{self.answer_words:.1f} in the answer; a passage has {self.passage_words:.0f} words "
             f"(95 %: {self.passage_words_95:.0f}); an answer stands in a positive of {self.answer_in_positive:.1%} "
-            f"of rows, in another passage of {self.answer_elsewhere:.1%}"
+            f"of rows, in another passage of {self.answer_elsewhere:.1%}; "
+            f"{self.titled_positives:.0%} of positives and {self.titled_others:.0%} of others have a title"
         )
 
 
@@ -56,6 +60,10 @@ def describe(rows: Sequence[Row]) -> RowStatistics:
         }
         in_positive += True in found
         elsewhere += False in found
+    titled: dict[bool, list[bool]] = {True: [], False: []}
+    for row in rows:
+        for passage in row.passages:
+            titled[(passage.relevance or 0.0) >= POSITIVE_RELEVANCE].append(bool(passage.title))
     positives = [sum((p.relevance or 0.0) >= POSITIVE_RELEVANCE for p in row.passages) for row in rows]
     return RowStatistics(
         rows=len(rows),
@@ -70,4 +78,6 @@ def describe(rows: Sequence[Row]) -> RowStatistics:
         full=float(np.mean([count == max(counts) for count in counts])),
         answer_in_positive=in_positive / len(rows),
         answer_elsewhere=elsewhere / len(rows),
+        titled_positives=float(np.mean(titled[True] or [False])),
+        titled_others=float(np.mean(titled[False] or [False])),
     )

@@ -63,6 +63,21 @@ def test_rows_have_their_positives_and_hard_negatives_without_answers(tmp_path: 
     assert len(places) > 1, "the positive always stands at the same place"
 
 
+@pytest.mark.parametrize("titled", [False, True])
+def test_a_title_does_not_tell_which_passage_is_relevant(tmp_path: Path, wiki: Path, titled: bool) -> None:
+    examples = [raw_example(index) for index in range(6)]
+    for example in examples:
+        example["positives"][0]["title"] = "City" if titled else ""
+    raw = write_raw(tmp_path / "titles.jsonl.gz", examples)
+    source, out = ["--source", str(raw), "--collection", str(wiki)], tmp_path / "train.jsonl"
+    assert main(["prepare", *source, "--passages", "4", "--random-negatives", "2", "--out", str(out)]) == 0
+    assert {bool(passage.title) for row in read_rows(out)[0] for passage in row.passages} == {titled}
+    config = tmp_path / "keep.yaml"
+    config.write_text("sources: []\nassembly: {match_titles: false}\n")
+    assert main(["prepare", "--config", str(config), *source, "--passages", "4", "--out", str(out)]) == 0
+    assert any(passage.title for row in read_rows(out)[0] for passage in row.passages)
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_order(tmp_path: Path, raw: Path) -> None:
     contents = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -205,7 +220,7 @@ def test_held_out_questions_count_whatever_their_passages() -> None:
 
 
 def test_statistics_say_what_a_set_looks_like() -> None:
-    passages = (RowPassage("one two", relevance=1.0), RowPassage("three four five six", relevance=0.0))
+    passages = (RowPassage("one two", relevance=1.0), RowPassage("four five six", "three", relevance=0.0))
     rows = [
         Row("1", "who is it", passages, ("two",)),
         Row("2", "what", passages[:1], ("six seven",), teacher_answer="a b c"),
@@ -215,5 +230,6 @@ def test_statistics_say_what_a_set_looks_like() -> None:
     assert found.passage_words == pytest.approx(8 / 3)
     assert (found.query_words, found.answer_words) == (2.0, 2.0)
     assert (found.answer_in_positive, found.answer_elsewhere) == (0.5, 0.0)
+    assert (found.titled_positives, found.titled_others) == (0.0, 1.0)
     with pytest.raises(ValueError, match="no rows"):
         describe([])
