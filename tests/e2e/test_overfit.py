@@ -19,12 +19,20 @@ SHARED = [  # short rows and a short prompt; four tokens an embedding, so that w
     "model.compressor.allocation=proportional",
     "model.prompt.system=Answer briefly.",
     "data.dev_questions=0",
+    "data.empty_share=0.0",
     "loop.batch_size=8",
     "loop.log_every=4",
     "optimizer.weight_decay=0.0",
 ]
 ALIGN = ["optimizer.compressor_lr=5e-4", "optimizer.heads_lr=2e-3", "loop.epochs=20", "loop.eval_every=40"]
-JOINT = ["data.modes={compressed: 1.0}", "optimizer.generator_lr=1e-3", "loop.epochs=10", "loop.eval_every=8"]
+JOINT = [
+    "data.modes={compressed: 1.0}",
+    "optimizer.compressor_lr=1e-4",
+    "optimizer.heads_lr=5e-4",
+    "optimizer.generator_lr=1e-3",
+    "loop.epochs=10",
+    "loop.eval_every=8",
+]
 HOUSES = {
     "Alder": "Aarhus",
     "Birch": "Bergen",
