@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where torch's CPU build is looked for before PyPI. Empty: PyPI only (on Linux x86-64 that is the CUDA build).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# What is installed beside the project. CI adds int8: torchao warns whenever transformers is imported, and slows that.
+EXTRAS ?= training,dev
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.scaledown-installed
 
@@ -28,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 			--index-url $(TORCH_INDEX) --constraint constraints.txt torch 2>/dev/null || \
 		echo "$(TORCH_INDEX) does not answer: taking torch from the ordinary index"; \
 	fi
-	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[training,dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 base-models: $(STAMP)

@@ -7,6 +7,7 @@ Knows nothing about hubs, nor who asks.
 import contextlib
 import hashlib
 import importlib.util
+import io
 import shutil
 import subprocess
 import sys
@@ -141,15 +142,17 @@ def _dequantise(source: Path, gguf: str, to: Path) -> Path:
     import torch  # these two take seconds to import, and this runs once per machine
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=gguf,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    if hasattr(model.config, "quantization_config"):  # the weights are plain now; a loader must not think otherwise
-        del model.config.quantization_config
-    model.save_pretrained(to)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(to)
+    # transformers draws three bars of its own, across the one of the installation. What fails is raised, not written.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=gguf,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        if hasattr(model.config, "quantization_config"):  # the weights are plain now; a loader must not think otherwise
+            del model.config.quantization_config
+        model.save_pretrained(to)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(to)
     shutil.copymode(to / "config.json", to / "model.safetensors")  # safetensors makes it readable to its owner only
     return to

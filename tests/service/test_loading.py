@@ -30,7 +30,7 @@ def test_a_service_says_what_it_computes_in(serve: Serve, root: Path) -> None:
 
 
 def test_int8_is_checked_against_the_golden_example_and_answers(serve: Serve, root: Path) -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="the extra `int8` is not installed (CI does)")
     exact = load_model(make_settings(checkpoint=root / "first"))
     model = load_model(make_settings(checkpoint=root / "first", quantize="int8"))
     request = prepare(model, QUERY, [Passage("Iron melts at 1538 degrees.")])
@@ -43,7 +43,7 @@ def test_int8_is_checked_against_the_golden_example_and_answers(serve: Serve, ro
 
 
 def test_int8_that_is_too_far_off_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="the extra `int8` is not installed (CI does)")
     monkeypatch.setattr("core.quantization.TOLERANCE", 1e-6)
     with pytest.raises(CheckpointError, match="golden example"):
         load_model(make_settings(checkpoint=root / "first", quantize="int8"))
