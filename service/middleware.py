@@ -123,7 +123,7 @@ class HeadAsGet:
             return
 
         async def send_head(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         # A copy: the server and the log go on to see HEAD.
         await self.app({**scope, "method": "GET"}, receive, send_head)
