@@ -59,7 +59,7 @@ def answer(
     marks.append(time.perf_counter())
     choices = choose_modes(model, request, compressed, policy, options.max_new_tokens)
     prompt = build_prompt(model, request, compressed, [choice.mode for choice in choices])
-    completion = generate(model.generator, [prompt], [options])[0]
+    completion = generate(model.generator, [prompt], [options], passes=model.decode_passes())[0]
     marks.append(time.perf_counter())
     stages = zip(("prepare", "compress", "generate"), pairwise(marks), strict=True)
     timings_ms = {name: 1000 * (end - begin) for name, (begin, end) in stages}

@@ -139,13 +139,16 @@ def measure_token_costs(model: Model, chunks: int = 2, repeats: int = 3) -> Toke
     memory = config.memory_tokens(config.chunk_tokens, config.rates[0])
     rows = [ChunkRow(query_ids, piece, min(memory, len(piece.generator_ids))) for piece in pieces]
     batch = collate_rows(rows, model.compressor.row_format, config.max_memory_tokens).to(model.device)
-    prompt = model.template.build(WORDS, [Block(text_ids=piece.generator_ids) for piece in pieces])
+    room = model.generator.max_tokens - 1 - model.template.frame(WORDS, len(pieces))[-1]
+    texts = [piece.generator_ids[: max(0, room) // len(pieces)] for piece in pieces]  # graphs may have little room
+    prompt = model.template.build(WORDS, [Block(text_ids=text) for text in texts])
 
     def compress() -> None:
         model.compressor(batch, model.generator.embed)
 
     def prefill() -> None:
-        DecodeBatch(model.generator, 1, prompt.tokens + 1).add([prompt], [GenerationOptions(max_new_tokens=1)])
+        running = DecodeBatch(model.generator, 1, prompt.tokens + 1, passes=model.decode_passes())
+        running.add([prompt], [GenerationOptions(max_new_tokens=1)])
 
     def median(run: Callable[[], None]) -> float:
         seconds = []

@@ -11,16 +11,16 @@ from typing import Literal
 
 import torch
 
+from core.decode_passes import DecodePasses, TorchPasses
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator
-from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots, Prefix
-from core.prompts import Prompt, stack_prompts
+from core.kv_slots import Prefix
+from core.prompts import Prompt
 from core.rows import plan_batches
 from core.sampling import GenerationOptions, RowSampler
 from core.text_stream import TextStream
 
 MAX_PREFILL_TOKENS = 4096  # padded positions of one prefill pass; a longer prompt gets a pass of its own
-IDLE_FACTOR = 4  # an empty batch gives back slots that are this much more than what comes next needs
 
 FinishReason = Literal["stop", "length"]
 ShouldCancel = Callable[[], bool]
@@ -72,21 +72,27 @@ class DecodeBatch:
     """A running batch of at most `max_sequences` sequences of at most `max_tokens` tokens, prompt and answer.
 
     A prompt that begins with `prefix` (`read_prefix`) shares its keys and values: beside a few memory embeddings the
-    instruction is a good part of the prompt.
+    instruction is a good part of the prompt. `passes` stand in for the generator's own, and set limits too.
 
     Not thread-safe: one thread drives it. If `add` or `step` raises, the sequences that were live still are, as they
     were before the call, and it can be called again.
     """
 
-    def __init__(self, generator: Generator, max_sequences: int, max_tokens: int, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        max_sequences: int,
+        max_tokens: int,
+        prefix: Prefix | None = None,
+        passes: DecodePasses | None = None,
+    ) -> None:
         self.generator = generator
-        self.max_sequences = max_sequences
-        self.max_tokens = min(max_tokens, generator.max_tokens)
-        config = generator.model.config
-        self._cache = KVSlots(config.num_hidden_layers, max_sequences, self.max_tokens)
-        self._masks = AttentionMasks(config, generator.dtype)
-        self._prefix = prefix
-        self._sampler = RowSampler(max_sequences, self.max_tokens, config.vocab_size, generator.device, generator.dtype)
+        max_tokens = min(max_tokens, generator.max_tokens)
+        self._passes = passes or TorchPasses(generator, max_sequences, max_tokens, prefix)
+        self.max_sequences = min(max_sequences, self._passes.max_sequences)
+        self.max_tokens = min(max_tokens, self._passes.max_tokens)
+        vocabulary = generator.model.config.vocab_size
+        self._sampler = RowSampler(self.max_sequences, self.max_tokens, vocabulary, generator.device, generator.dtype)
         self._sequences: list[Sequence] = []  # by row: first those that decode, then those only prefilled yet
         self._decoding = 0  # the first rows, whose newest token awaits its forward pass; the others have logits
 
@@ -103,7 +109,7 @@ class DecodeBatch:
     @property
     def kv_bytes(self) -> int:
         """Memory of keys and values now; at most max_sequences * max_tokens * bytes of one token's."""
-        return self._cache.bytes
+        return self._passes.bytes
 
     @torch.inference_mode()
     def add(self, prompts: Many[Prompt], options: Many[GenerationOptions]) -> list[Sequence]:
@@ -117,7 +123,8 @@ class DecodeBatch:
             raise OverloadedError(f"{len(prompts)} sequences need a slot; {self.free_slots} are free", retry_after_s=0)
         sequences = [self._sequence(*pair) for pair in zip(prompts, options, strict=True)]
         before = self.live
-        self._reserve(before + len(sequences), max(each.tokens + each.max_new_tokens for each in sequences))
+        longest = max(each.tokens + each.max_new_tokens for each in sequences)
+        self._passes.reserve(before + len(sequences), longest, idle=before == 0)
         try:
             for indices in plan_batches([prompt.tokens for prompt in prompts], MAX_PREFILL_TOKENS):
                 self._prefill([prompts[i] for i in indices], [sequences[i] for i in indices])
@@ -148,11 +155,6 @@ class DecodeBatch:
         if sequence.row >= 0:
             self._release(sequence)
 
-    def _reserve(self, slots: int, tokens: int) -> None:
-        if not self.live and self._cache.slots * self._cache.capacity > IDLE_FACTOR * slots * (tokens + CAPACITY_STEP):
-            self._cache.clear()  # one long prompt must not hold its memory for ever
-        self._cache.reserve(slots, tokens)
-
     def _sequence(self, prompt: Prompt, options: GenerationOptions) -> Sequence:
         limit = self.max_tokens - 1
         if prompt.tokens > limit:
@@ -161,25 +163,10 @@ class DecodeBatch:
         return Sequence(options, prompt.tokens, min(options.max_new_tokens, self.max_tokens - prompt.tokens), stream)
 
     def _prefill(self, prompts: list[Prompt], sequences: list[Sequence]) -> None:
-        """One forward pass over prompts, or what follows their shared prefix, into the rows behind the live ones."""
-        generator, first, device = self.generator, self.live, self.generator.device
-        prefix = self._prefix
-        if prefix and not all(prompt.begins_with(prefix.ids) for prompt in prompts):
-            prefix = None
-        shared = len(prefix.ids) if prefix else 0
-        batch = stack_prompts(prompts)
-        length = batch.ids.shape[1]
-        ids, memory_mask = batch.ids[:, shared:].to(device), batch.memory_mask[:, shared:].to(device)  # (B, T) each
-        self._cache.begin_prefill(first, prefix)
-        hidden = generator.hidden_states(
-            generator.splice(ids, memory_mask, batch.memory.to(device)),  # (B, T, d)
-            mask=self._masks.prefill(shared, length, device),
-            positions=torch.arange(shared, length, device=device)[None],
-            cache=self._cache,
-        )
+        """Read prompts into the rows behind the live ones."""
+        first = self.live
+        logits = self._passes.prefill(first, prompts)  # (B, V)
         lengths = [prompt.tokens for prompt in prompts]
-        ends = torch.tensor(lengths, device=device) - 1 - shared
-        logits = generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])  # (B, V)
         self._sampler.join(first, logits, lengths, [sequence.options for sequence in sequences])
         for row, sequence in enumerate(sequences, start=first):
             sequence.row = row
@@ -187,16 +174,8 @@ class DecodeBatch:
 
     def _decode(self, rows: int) -> None:
         """One forward pass over the newest token of the first `rows` rows; their next logits."""
-        positions = self._sampler.positions[:rows]  # (n,)
         width = max(sequence.tokens for sequence in self._sequences[:rows])
-        self._cache.begin_decode(positions, width)
-        hidden = self.generator.hidden_states(
-            self.generator.embed(self._sampler.tokens[:rows, None]),  # (n, 1, d)
-            mask=self._masks.decode(positions, width),
-            positions=positions[:, None],
-            cache=self._cache,
-        )
-        self._sampler.advance(self.generator.next_logits(hidden[:, 0]))
+        self._sampler.advance(self._passes.decode(self._sampler.tokens[:rows], self._sampler.positions[:rows], width))
 
     def _advance(self, sequence: Sequence, token_id: int) -> Event:
         stream = sequence.stream
@@ -223,24 +202,10 @@ class DecodeBatch:
         if source == target:
             return
         sequence = self._sequences[source]
-        self._cache.move(source, target, sequence.tokens)
+        self._passes.move(source, target, sequence.tokens)
         self._sampler.move(source, target)
         self._sequences[target] = sequence
         sequence.row = target
-
-
-@torch.inference_mode()
-def read_prefix(generator: Generator, ids: Many[int]) -> Prefix:
-    """Read tokens that prompts begin with (`PromptTemplate.prefix`) once, for every `DecodeBatch` of these weights."""
-    tokens = torch.tensor(ids, dtype=torch.int64, device=generator.device)
-    size, config = len(tokens), generator.model.config
-    cache = KVSlots(config.num_hidden_layers, 1, size)
-    cache.reserve(1, size)
-    cache.begin_prefill(0)
-    mask = AttentionMasks(config, generator.dtype).prefill(0, size, generator.device)
-    positions = torch.arange(size, device=generator.device)[None]
-    generator.hidden_states(generator.embed(tokens[None]), mask=mask, positions=positions, cache=cache)
-    return cache.prefix(tokens.cpu())
 
 
 def generate(
@@ -250,14 +215,16 @@ def generate(
     *,
     max_sequences: int = 16,
     should_cancel: ShouldCancel | None = None,
+    passes: DecodePasses | None = None,
 ) -> list[Completion]:
-    """Answer every prompt, at most `max_sequences` at a time, with one `options` each.
+    """Answer every prompt, at most `max_sequences` at a time, with one `options` each; by `passes`, if given.
 
     `should_cancel` is asked before every token. Raises CancelledError once it says so, and what `DecodeBatch.add` does.
     """
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts came with {len(options)} options")
-    batch = DecodeBatch(generator, max(1, min(max_sequences, len(prompts))), _room(prompts, options))
+    at_once = max(1, min(max_sequences, len(prompts)))
+    batch = DecodeBatch(generator, at_once, _room(prompts, options), passes=passes)
     texts: list[list[str]] = [[] for _ in prompts]
     sequences: list[Sequence] = []
     index: dict[Sequence, int] = {}

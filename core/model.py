@@ -13,6 +13,7 @@ from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor, CompressorOutput, EncoderCompressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import Config
+from core.decode_passes import DecodePasses
 from core.document_cache import DocumentCache
 from core.errors import BaseModelError, ConfigError
 from core.generator import Generator, load_generator
@@ -32,6 +33,7 @@ class Model:
     base    the generator's base model, with the sha256 of what was read
     accelerated     runs rows in the compressor's place (`core.accelerators`); None: the compressor itself does
     encoder_base    where an `encoder` compressor's weights came from; None for n_layers
+    generator_graphs    passes of a new batch in the generator's place (`core.accelerators`); None: the generator's
     golden  its checkpoint's golden example
     quantized   whether its linear layers multiply in int8
     costs   what a token costs on this machine, for `auto` mode; None: not measured
@@ -46,6 +48,7 @@ class Model:
     encoder_base: BaseModel | None = None
     name: str = "untrained"
     accelerated: Callable[[Sequence[ChunkRow], Embed], CompressorOutput] | None = None
+    generator_graphs: Callable[[], DecodePasses] | None = None
     golden: Golden | None = None
     quantized: bool = False
     costs: TokenCosts | None = None
@@ -60,6 +63,10 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.compressor.device
+
+    def decode_passes(self) -> DecodePasses | None:
+        """What a new batch runs on instead of the generator, if there is anything."""
+        return None if self.generator_graphs is None else self.generator_graphs()
 
 
 def build_model(

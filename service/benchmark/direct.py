@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.config import Mode
-from core.decoding import DecodeBatch, read_prefix
+from core.decode_passes import read_prefix
+from core.decoding import DecodeBatch
 from core.model import Model
 from core.passages import Passage
 from core.pipeline import build_prompt, compress, prepare

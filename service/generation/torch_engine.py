@@ -7,7 +7,8 @@ import logging
 from collections import deque
 from dataclasses import dataclass, field
 
-from core.decoding import DecodeBatch, Sequence, read_prefix
+from core.decode_passes import read_prefix
+from core.decoding import DecodeBatch, Sequence
 from core.kv_slots import Prefix
 from core.model import Model
 from core.prompts import Prompt
@@ -51,6 +52,10 @@ class TorchEngine:
 
     def __init__(self, model: Model, settings: Settings, metrics: Metrics) -> None:
         self._generator = model.generator
+        self._new_passes = model.decode_passes
+        graphs = model.decode_passes()
+        limit = settings.max_sequences
+        self._slots = limit if graphs is None else min(limit, graphs.max_sequences)
         self._prefix_ids = model.template.prefix
         self._prefix: Prefix | None = None  # read by the worker's thread, before its first prompt
         self._settings = settings
@@ -109,15 +114,12 @@ class TorchEngine:
         """Whether one more sequence fits beside `running` others; one alone always does."""
         widest = max(self._widest, waiting.room)
         fits = (running + 1) * widest <= self._settings.kv_tokens
-        return running < self._settings.max_sequences and (fits or not running)
+        return running < self._slots and (fits or not running)
 
     def _prefill(self, group: list[Waiting]) -> None:
         try:
-            if self._prefix is None:
-                self._prefix = read_prefix(self._generator, self._prefix_ids)
             if self._decoder is None:
-                slots, tokens = self._settings.max_sequences, self._generator.max_tokens
-                self._decoder = DecodeBatch(self._generator, slots, tokens, self._prefix)
+                self._decoder = self._new_decoder()
             sequences = self._decoder.add([w.prompt for w in group], [w.plan.options for w in group])
         except Exception as error:
             failure = error if len(group) == 1 else error.with_traceback(None)
@@ -134,6 +136,13 @@ class TorchEngine:
         free_memory()
         self._prefill(group[: len(group) // 2])
         self._prefill(group[len(group) // 2 :])
+
+    def _new_decoder(self) -> DecodeBatch:
+        """An empty batch; graphs read a prompt whole, the generator itself what follows the shared prefix."""
+        slots, tokens, passes = self._slots, self._generator.max_tokens, self._new_passes()
+        if passes is None and self._prefix is None:
+            self._prefix = read_prefix(self._generator, self._prefix_ids)
+        return DecodeBatch(self._generator, slots, tokens, self._prefix, passes)
 
     def _step(self) -> bool:
         if not self._running or self._decoder is None:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from core import decoding, sampling
 from core.base_models import BaseModel
 from core.config import PromptConfig
-from core.decoding import Completion, DecodeBatch, Event, generate, read_prefix, stream
+from core.decode_passes import read_prefix
+from core.decoding import Completion, DecodeBatch, Event, generate, stream
 from core.decoding import Sequence as DecodedSequence
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator, load_generator
