@@ -146,14 +146,17 @@ class AttentionMasks:
     """Additive attention masks for the kinds of layers a model has, sliding windows honoured.
 
     transformers takes a ready 4-D mask as it is, and a dict of them where the model mixes kinds of layers.
+
+    masked  what is added where nothing may be seen; None: the lowest number of `dtype`
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, masked: float | None = None) -> None:
         window = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         self._kinds: frozenset[str] = frozenset(kinds or ())
         self._window: int | None = window if not kinds or "sliding_attention" in kinds else None
         self._dtype = dtype
+        self._masked = torch.finfo(dtype).min if masked is None else masked
 
     def prefill(self, first: int, length: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
         """Of positions [first, length) of a right-padded batch, `(1, 1, length - first, length)`.
@@ -184,4 +187,4 @@ class AttentionMasks:
 
     def _additive(self, allowed: Tensor) -> Tensor:
         mask = torch.zeros(allowed.shape, dtype=self._dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self._dtype).min)
+        return mask.masked_fill_(~allowed, self._masked)

@@ -32,10 +32,10 @@ ALLOWED = frozenset(
     [MANIFEST, "config.json", "compressor.safetensors", "generator.safetensors", "golden.json", "golden.safetensors"]
     + [f"compressor_base/{name}" for name in (*MODEL_FOLDER_FILES, "chat_template.jinja")]
     + [f"generator/{name}" for name in (*MODEL_FOLDER_FILES, "chat_template.jinja", "generation_config.json")]
-    + ["generator/model.safetensors", "graphs/graphs.json", "graphs/golden.safetensors"]
+    + ["generator/model.safetensors", "graphs/graphs.json", "graphs/golden.safetensors", "graphs/generator.safetensors"]
 )
 # Graphs compiled for Neuron, TorchScript files: code, and never read unless the service is told to run on Neuron.
-COMPILED = re.compile(r"graphs/\d{1,5}x\d{1,5}\.neff\.pt")
+COMPILED = re.compile(r"graphs/((prefill|decode)-)?\d{1,5}x\d{1,5}\.neff\.pt")
 FOLDERS = ("compressor_base", "generator", "graphs")
 REQUIRED = frozenset([MANIFEST, "config.json", "compressor.safetensors", "golden.json", "golden.safetensors"])
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}

@@ -16,15 +16,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.accelerators import ACCELERATORS, AcceleratedCompressor, Bucket
-from core.accelerators.artifact import FOLDER, GOLDEN, accelerate, read_record
+from core.accelerators import ACCELERATORS, AcceleratedCompressor, Bucket, GeneratorGraphs
+from core.accelerators.artifact import GOLDEN, accelerate
+from core.accelerators.base import Tensors
+from core.accelerators.buckets import decode_name, prefill_name
+from core.accelerators.generator_artifact import GOLDEN as GENERATOR_GOLDEN
+from core.accelerators.generator_artifact import accelerate_generator
+from core.accelerators.generator_graph import GeneratorGraph, decode_example, prefill_example
+from core.accelerators.generator_vectors import verify_generator
 from core.accelerators.graph import CompressorGraph, example_batch, graph_inputs, graph_tensors
+from core.accelerators.record import FOLDER, read_record
 from core.accelerators.vectors import verify_vectors
 from core.checkpoint import load_checkpoint
 from core.errors import ConfigError, ScaledownError
@@ -80,7 +88,7 @@ def smoke(folder: Path, name: str, passes: int) -> dict[str, Any]:
     loaded = time.perf_counter() - began
     accelerated.replace_weights(CompressorGraph(model.compressor).state_dict())
     errors = verify_vectors(model, accelerated, folder / FOLDER / GOLDEN)
-    return {
+    receipt = {
         "checkpoint": model.name,
         "target": record.target,
         "dtype": record.dtype,
@@ -88,17 +96,37 @@ def smoke(folder: Path, name: str, passes: int) -> dict[str, Any]:
         "errors": errors,
         "milliseconds": {str(bucket): timed(model, accelerated, bucket, passes) for bucket in accelerated.buckets},
     }
+    generator = accelerate_generator(model, folder, ACCELERATORS[name]())
+    return receipt if generator is None else receipt | {"generator": smoke_generator(generator, folder, passes)}
+
+
+def smoke_generator(graphs: GeneratorGraphs, folder: Path, passes: int) -> dict[str, Any]:
+    """The same for the generator's graphs. Raises CheckpointError."""
+    graphs.replace_weights(GeneratorGraph(graphs.generator).state_dict())
+    errors = verify_generator(graphs, folder / FOLDER / GENERATOR_GOLDEN)
+    inputs: dict[str, Tensors] = {}
+    for bucket in graphs.buckets.prefill:
+        inputs[prefill_name(bucket)] = prefill_example(graphs.generator, bucket)
+    for bucket in graphs.buckets.decode:
+        inputs[decode_name(bucket)] = decode_example(graphs.generator, bucket)
+    times = {name: repeated(partial(graphs.run, name, *given), passes) for name, given in inputs.items()}
+    return {"errors": errors, "milliseconds": times}
 
 
 def timed(model: Model, accelerated: AcceleratedCompressor, bucket: Bucket, passes: int) -> Mapping[str, float]:
-    """Median and slowest of `passes` passes over one bucket in milliseconds, copies to and from the device included."""
+    """`repeated` for one bucket of the compressor."""
     with torch.inference_mode():
         batch = example_batch(model.compressor, bucket)
         inputs = graph_tensors(batch, graph_inputs(model.compressor), model.generator.embed)
+    return repeated(lambda: accelerated.run(bucket, inputs), passes)
+
+
+def repeated(run: Callable[[], object], passes: int) -> Mapping[str, float]:
+    """Median and slowest of `passes` passes in milliseconds, copies to and from the device included."""
     seconds = []
     for _ in range(passes):
         began = time.perf_counter()
-        accelerated.run(bucket, inputs)
+        run()
         seconds.append(time.perf_counter() - began)
     return {"median": round(1000 * statistics.median(seconds), 3), "slowest": round(1000 * max(seconds), 3)}
 

@@ -1,10 +1,14 @@
-"""Ways to run the compressor on static shapes, behind one protocol: `eager` (the reference), `jit`, `neuron`."""
+"""Ways to run the compressor and the generator on static shapes, behind one protocol.
+
+`eager` is the reference; `jit` and `neuron` compile.
+"""
 
 from collections.abc import Callable, Mapping
 
 from core.accelerators.base import Accelerator, Compiled, CompileSpec
-from core.accelerators.buckets import Bucket, default_buckets, parse_buckets
+from core.accelerators.buckets import Bucket, GeneratorBuckets, default_buckets, default_prefill, parse_buckets
 from core.accelerators.eager import EagerAccelerator
+from core.accelerators.generator_passes import GeneratorGraphs, compile_generator
 from core.accelerators.jit import JitAccelerator
 from core.accelerators.neuron import NeuronAccelerator
 from core.accelerators.rows import AcceleratedCompressor, compile_compressor
@@ -23,9 +27,13 @@ __all__ = [
     "CompileSpec",
     "Compiled",
     "EagerAccelerator",
+    "GeneratorBuckets",
+    "GeneratorGraphs",
     "JitAccelerator",
     "NeuronAccelerator",
     "compile_compressor",
+    "compile_generator",
     "default_buckets",
+    "default_prefill",
     "parse_buckets",
 ]

@@ -12,6 +12,8 @@ from core.errors import ConfigError
 
 ROWS = (1, 8)
 SHORTEST = 64
+SHORTEST_PROMPT = 128
+GOLDEN_TOKENS = 4  # of the answer in a generator's golden vectors; every prefill bucket has room for them
 
 Extent = Annotated[int, Field(ge=1, le=1 << 16)]
 
@@ -32,14 +34,59 @@ class Bucket:
         return f"{self.rows}x{self.length}"
 
 
+@dataclass(frozen=True, config=STRICT)
+class GeneratorBuckets:
+    """Shapes of a generator's graphs.
+
+    prefill  one prompt, of so many positions
+    decode   slots x capacity: sequences that write at one time, and positions of each, prompt and answer
+    """
+
+    prefill: Annotated[tuple[Bucket, ...], Field(min_length=1, max_length=64)]
+    decode: Annotated[tuple[Bucket, ...], Field(min_length=1, max_length=64)]
+
+    @property
+    def slots(self) -> int:
+        """Sequences at one time."""
+        return self.decode[0].rows
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the longest sequence."""
+        return max(bucket.length for bucket in self.decode)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all graphs, as their files are called."""
+        return (*map(prefill_name, self.prefill), *map(decode_name, self.decode))
+
+
+def prefill_name(bucket: Bucket) -> str:
+    """The name of a prefill graph."""
+    return f"prefill-{bucket}"
+
+
+def decode_name(bucket: Bucket) -> str:
+    """The name of a decode graph."""
+    return f"decode-{bucket}"
+
+
 def default_buckets(longest: int) -> tuple[Bucket, ...]:
     """One row or eight, of 64, 128, ... and `longest` positions: the longest row there can be."""
+    return tuple(Bucket(rows, length) for rows in ROWS for length in _lengths(SHORTEST, longest))
+
+
+def default_prefill(capacity: int) -> tuple[Bucket, ...]:
+    """One prompt of 128, 256, ... and `capacity` positions."""
+    return tuple(Bucket(1, length) for length in _lengths(SHORTEST_PROMPT, capacity))
+
+
+def _lengths(shortest: int, longest: int) -> list[int]:
     lengths = [longest]
-    power = SHORTEST
-    while 4 * power <= 3 * longest:  # one just below the longest would save next to nothing
-        lengths.insert(-1, power)
-        power *= 2
-    return tuple(Bucket(rows, length) for rows in ROWS for length in lengths)
+    while 4 * shortest <= 3 * longest:  # one just below the longest would save next to nothing
+        lengths.insert(-1, shortest)
+        shortest *= 2
+    return lengths
 
 
 def parse_buckets(text: str) -> tuple[Bucket, ...]:
@@ -58,6 +105,27 @@ def check_buckets(buckets: Sequence[Bucket], longest: int) -> None:
     top = max((bucket.length for bucket in buckets), default=0)
     if top < longest:
         raise ConfigError(f"buckets: the longest row has {longest} positions, and the longest bucket {top}")
+    _check_once(buckets)
+
+
+def check_generator_buckets(buckets: GeneratorBuckets, max_tokens: int) -> None:
+    """Raises ConfigError unless every prompt that a slot has room for has a graph; `max_tokens`: the model's own."""
+    _check_once(buckets.prefill)
+    _check_once(buckets.decode)
+    lengths = [bucket.length for bucket in buckets.prefill]
+    if {bucket.rows for bucket in buckets.prefill} != {1}:
+        raise ConfigError("prefill buckets: a prefill is of one prompt, so each must be of 1 row, such as 1x256")
+    if len({bucket.rows for bucket in buckets.decode}) != 1:
+        raise ConfigError("generator buckets: all must have the same number of slots")
+    if max(lengths) != buckets.capacity:
+        raise ConfigError(f"prefill buckets: the longest must be of {buckets.capacity} positions, as the slots are")
+    if min(lengths) < 4 * GOLDEN_TOKENS:
+        raise ConfigError(f"prefill buckets: the shortest must be of {4 * GOLDEN_TOKENS} positions or more")
+    if buckets.capacity > max_tokens:
+        raise ConfigError(f"generator buckets: the model has {max_tokens} positions, and not {buckets.capacity}")
+
+
+def _check_once(buckets: Sequence[Bucket]) -> None:
     if len(set(buckets)) != len(buckets):
         raise ConfigError("buckets: one is named twice")
 

@@ -23,6 +23,7 @@ from core.rows import ChunkRow, RowBatch, collate_rows
 # Added to logits that must not count. exp(-1e4) is 0 in every type, and sums stay finite: with the type's lowest
 # number they become minus infinity in bfloat16, and NaN from there.
 MASKED = -1e4
+NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of a model's config
 EMBEDDED = "token_embeddings"  # of the chunk's generator tokens, looked up by the generator on the host
 
 

@@ -1,0 +1,104 @@
+"""graphs.json, the record of the graphs in a checkpoint: read once its files are found to be what the manifest says."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from core.accelerators.base import Accelerator, CompileSpec
+from core.accelerators.buckets import Bucket, GeneratorBuckets
+from core.config import STRICT
+from core.errors import CheckpointError
+from core.manifest import DTYPES, MANIFEST, DTypeName, Manifest, Sha256, parse_json, read_bounded
+from core.model import Model
+
+FOLDER, RECORD = "graphs", "graphs.json"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GeneratorRecord:
+    """The generator's part of graphs.json.
+
+    architecture  what a checkpoint must share to use the same graphs, hashed
+    """
+
+    architecture: Sha256
+    buckets: GeneratorBuckets
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GraphsRecord:
+    """All of graphs.json.
+
+    checkpoint         the folder's name when it was exported
+    compressor_sha256  of the weights that the golden vectors were recorded with
+    architecture       what a checkpoint must share to use the same graphs, hashed
+    inputs             names of the tensors a graph of the compressor takes, in order
+    versions           what the compiled graphs depend on; empty where none are stored
+    generator          its graphs; None: there are none, and it runs as it is
+    """
+
+    format_version: Literal[1] = 1
+    accelerator: Literal["jit", "neuron"]
+    checkpoint: str
+    compressor_sha256: Sha256
+    architecture: Sha256
+    dtype: DTypeName
+    target: str = ""
+    compiler_args: tuple[str, ...] = ()
+    buckets: tuple[Bucket, ...] = Field(min_length=1, max_length=64)
+    inputs: tuple[str, ...]
+    versions: dict[str, str]
+    generator: GeneratorRecord | None = None
+
+    @property
+    def spec(self) -> CompileSpec:
+        """How the graphs were compiled."""
+        return CompileSpec(self.target, self.compiler_args)
+
+
+def read_record(folder: Path) -> GraphsRecord:
+    """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
+    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
+    return read_record_of(folder, f"{folder.name}@{digest[:12]}")
+
+
+def read_record_of(folder: Path, version: str) -> GraphsRecord:
+    """graphs.json, once every file of `graphs/` is found to be as the manifest of `version` says."""
+    text = read_bounded(folder / MANIFEST)
+    if not version.endswith(f"@{hashlib.sha256(text).hexdigest()[:12]}"):
+        raise CheckpointError(f"{folder.name}: was changed while it was loaded")
+    files = parse_json(Manifest, text, MANIFEST).files
+    if f"{FOLDER}/{RECORD}" not in files:
+        raise CheckpointError(
+            f"{folder.name}: has no graphs; make them with `python -m training export ... --target jit` (or neuron)"
+        )
+    for name, record in files.items():
+        if name.startswith(f"{FOLDER}/") and sha256_of(folder / name) != record.sha256:
+            raise CheckpointError(f"{name}: its sha256 is not the one in {MANIFEST}")
+    return parse_json(GraphsRecord, read_bounded(folder / FOLDER / RECORD), RECORD)
+
+
+def check_machine(record: GraphsRecord, model: Model, accelerator: Accelerator) -> None:
+    """Raises CheckpointError unless `accelerator` can run the graphs here, for a model as it was loaded."""
+    refuse_unless(
+        accelerator=(record.accelerator, accelerator.name),
+        dtype=(DTYPES[record.dtype], model.generator.dtype),
+        device=("cpu", model.device.type),  # the host's: a graph takes and returns its tensors
+        versions=(record.versions, accelerator.versions()),
+    )
+
+
+def refuse_unless(**found: tuple[Any, Any]) -> None:
+    """Raises CheckpointError that names the first that differs: what graphs were made for, and what there is."""
+    for name, (expected, actual) in found.items():
+        if expected != actual:
+            raise CheckpointError(f"graphs: {name}: were made for {expected}, and this is {actual}")
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
