@@ -7,6 +7,7 @@ import torch
 
 from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
+from core.accelerators.generator_artifact import accelerate_generator
 from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.compute_dtype import best_dtype
@@ -41,7 +42,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)
         if settings.accelerator != "eager":
-            model.accelerated = accelerate(model, folder.resolve(), ACCELERATORS[settings.accelerator]())
+            _take_graphs(model, folder.resolve(), settings)
     elif settings.accelerator != "eager":
         raise ConfigError(f"accelerator: {settings.accelerator} runs the graphs of a checkpoint, and there is none")
     else:
@@ -57,6 +58,16 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
             extra={"checkpoint": model.name},
         )
     return model
+
+
+def _take_graphs(model: Model, folder: Path, settings: Settings) -> None:
+    """Run the compressor on the checkpoint's graphs, and the generator too where it is here and has some."""
+    accelerator = ACCELERATORS[settings.accelerator]()
+    model.accelerated = accelerate(model, folder, accelerator)
+    graphs = accelerate_generator(model, folder, accelerator) if settings.generates_on_graphs else None
+    if graphs is not None:
+        model.generator_graphs = graphs.passes
+        model.generator.max_tokens = graphs.buckets.capacity  # what limits and plans go by
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:

@@ -62,7 +62,8 @@ class Settings(BaseSettings):
     )
     accelerator: Literal["eager", "jit", "neuron"] = Field(
         default="eager",
-        description="what runs the compressor; jit and neuron: graphs in the checkpoint (`training export --target`)",
+        description="what runs the compressor, and the generator where the checkpoint has its graphs; jit and neuron: "
+        "graphs in the checkpoint (`training export --target`)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -162,6 +163,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe log line shown"
     )
+
+    @property
+    def generates_on_graphs(self) -> bool:
+        """Whether the generator is here, to run on the graphs that a checkpoint may have of it."""
+        return not self.generator_url
 
     @field_validator("api_keys", mode="before")
     @classmethod

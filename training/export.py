@@ -36,6 +36,8 @@ examples:
   python -m training export checkpoints/v1 checkpoints/v1-merged --merge
   # compiled for AWS Inferentia2, where the Neuron SDK is installed; then SCALEDOWN_ACCELERATOR=neuron
   python -m training export checkpoints/v1 checkpoints/v1-neuron --target neuron --dtype bfloat16
+  # the generator too, eight answers at one time, 1024 positions each: prompt and answer
+  python -m training export checkpoints/v1 checkpoints/v1-neuron --target neuron --dtype bfloat16 --generator 8x1024
   # a newer checkpoint of the same shapes, with the graphs of that one: nothing is compiled
   python -m training export runs/next checkpoints/v2-neuron --target neuron --dtype bfloat16 \\
       --graphs-from checkpoints/v1-neuron

@@ -39,6 +39,11 @@ class RaySettings(Settings):
                 raise ValueError(f"{kind}_min_replicas is over {kind}_max_replicas")
         return self
 
+    @property
+    def generates_on_graphs(self) -> bool:
+        """No: an accelerator's replicas compress."""
+        return False
+
     def of_ingress(self) -> Self:
         """What the ingress goes by: it runs no model, so it needs no device."""
         return self.model_copy(update={"device": "cpu", "accelerator": "eager", "quantize": None, "workers": 1})

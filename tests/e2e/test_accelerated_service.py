@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "v1"
 
 
+@pytest.fixture(scope="module")
+def with_generator(exported: Path) -> Path:
+    """The same with graphs of the generator: two answers at one time."""
+    folder = exported.parent / "v2"
+    arguments = ["export", str(exported.parent / "plain"), str(folder), "--target", "jit", "--buckets", "1x96,4x96"]
+    assert main([*arguments, "--generator", "2x512", "--prefill", "1x128,1x512"]) == 0
+    return folder
+
+
 def settings(checkpoint: Path, **values: Any) -> Settings:
     return Settings.model_validate({"checkpoint": checkpoint, "batch_wait_ms": 0, "threads": 1, **values})
 
@@ -53,6 +63,31 @@ def test_the_service_answers_the_same_from_graphs(exported: Path) -> None:
     assert jit["checkpoint"] == eager["checkpoint"]
     relevances = [[passage["relevance"] for passage in answer["passages"]] for answer in (jit, eager)]
     assert relevances[0] == pytest.approx(relevances[1], abs=1e-5)
+
+
+def test_the_running_batch_is_on_the_generators_graphs(with_generator: Path) -> None:
+    passages = [{"text": passage.text, "title": passage.title} for passage in PASSAGES]
+    bodies = [
+        {"query": f"{QUERY} {index}", "passages": passages[: 1 + index], "max_new_tokens": 8, "mode": mode}
+        for index, mode in enumerate(("compressed", "text", "hybrid", "compressed"))
+    ]
+
+    def ask_all(accelerator: str) -> list[str]:
+        model = load_model(settings(with_generator, accelerator=accelerator))
+        with (
+            TestClient(create_app(settings(with_generator, accelerator=accelerator), model)) as client,
+            ThreadPoolExecutor(4) as pool,  # more than there are slots
+        ):
+            replies = list(pool.map(lambda body: client.post("/answer", json=body), bodies))
+            assert [reply.status_code for reply in replies] == [200] * 4, replies[0].text
+            if accelerator == "jit":
+                assert model.generator.max_tokens == 512
+                long = bodies[0] | {"query": "Which one? " * 40, "passages": passages * 20, "mode": "text"}
+                refused = client.post("/answer", json=long)
+                assert refused.status_code == 413
+        return [reply.json()["answer"] for reply in replies]
+
+    assert ask_all("jit") == ask_all("eager")
 
 
 def test_a_start_that_cannot_be_right_is_no_start(exported: Path) -> None:
@@ -75,6 +110,18 @@ def test_the_smoke_script_writes_a_receipt(exported: Path, tmp_path: Path) -> No
     assert set(receipt["milliseconds"]) == {"1x96", "4x96"}
     assert max(receipt["errors"].values()) < 1e-4
     assert receipt["machine"]["versions"]["torch"]
+    assert "generator" not in receipt
+
+
+def test_the_receipt_has_the_generators_graphs_too(with_generator: Path, tmp_path: Path) -> None:
+    out = tmp_path / "receipt.json"
+    command = [str(with_generator), "--accelerator", "jit", "--passes", "2", "--out", str(out)]
+    assert neuron_smoke.main(command) == 0
+    generator = json.loads(out.read_text())["generator"]
+    assert (
+        set(generator["milliseconds"]) == set(generator["errors"]) == {"prefill-1x128", "prefill-1x512", "decode-2x512"}
+    )
+    assert max(generator["errors"].values()) < 1e-4
 
 
 def test_the_smoke_script_says_what_failed(exported: Path, tmp_path: Path) -> None:

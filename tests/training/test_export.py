@@ -134,6 +134,10 @@ def test_what_is_no_run_is_refused_with_a_reason(
     assert "neither a checkpoint" in refused(str(tmp_path))
     assert "pip.repos.neuron.amazonaws.com" in refused(str(finished_run), "--target", "neuron")  # no SDK here
     assert "are for --target" in refused(str(finished_run), "--buckets", "8x256")
+    assert "are for --target" in refused(str(finished_run), "--generator", "2x64")
+    assert "needs --generator" in refused(str(finished_run), "--target", "jit", "--prefill", "1x64")
+    shapes = ["--target", "jit", "--generator", "2x64", "--prefill", "1x32"]
+    assert "must be of 64 positions" in refused(str(finished_run), *shapes)
     best = finished_run / "best"
     model, adapter = trained
     (best / "config.json").write_text(
