@@ -95,6 +95,11 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first: transformers and the hub's client go on for pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("scaledown")) / "base_models"
 
@@ -129,10 +134,9 @@ def _resolve_hub(name: str) -> Path:
         path = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
     # The hub's client raises OSError, ValueError and its HTTP library's errors; all of them mean the same here.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
             f"base model {name!r} was not found. Tried: a local folder of that name; the demo models "
-            f"({_demo_names()}); the Hugging Face cache; the Hugging Face hub ({reason})"
+            f"({_demo_names()}); the Hugging Face cache; the Hugging Face hub ({first_line(error)})"
         ) from error
     weight_files(path)
     return path

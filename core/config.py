@@ -152,12 +152,24 @@ def parse_config(kind: type[T], values: Any, source: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: "
-            + ("unknown key" if item["type"] == "unexpected_keyword_argument" else item["msg"])
-            for item in error.errors()
-        )
-        raise ConfigError(f"{source}: {problems}") from None
+        raise ConfigError(f"{source}: {'; '.join(map(_in_our_words, error.errors()))}") from None
+
+
+def _in_our_words(problem: Any) -> str:
+    """One of pydantic's findings, the key first. The dataclasses' own ValueErrors begin with a key, too."""
+    place = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "value_error":
+            return f"{place}.{problem['ctx']['error']}" if place else str(problem["ctx"]["error"])
+        case "unexpected_keyword_argument":
+            words = "unknown key"
+        case "missing":
+            words = "is required"
+        case "dataclass_type":
+            words = "must be a group of keys"
+        case _:
+            words = str(problem["msg"]).replace("Input should", "must", 1)
+    return f"{place or 'top level'}: {words}"
 
 
 def dump_config(config: Any) -> str:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from core.base_models import BaseModel
+from core.base_models import BaseModel, first_line
 from core.config import LoraConfig
 from core.errors import BaseModelError, CheckpointError
 from core.prompts import end_of_turn_id
@@ -112,12 +112,15 @@ def load_generator(
             use_safetensors=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise BaseModelError(f"{base.name} cannot be loaded as a causal language model: {error}") from None
+        raise BaseModelError(f"{base.name} cannot be loaded as a causal language model: {first_line(error)}") from None
     unknown = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_KINDS
     if unknown:
         raise BaseModelError(f"{base.name} has layers of kind {', '.join(sorted(unknown))}, which cannot be served")
-    generator = Generator(model, tokenizer).to(device)
-    return generator.eval().requires_grad_(False)
+    try:
+        generator = Generator(model, tokenizer)
+    except ValueError as error:  # an encoder's tokenizer has no end of a turn
+        raise BaseModelError(f"{base.name} cannot be a generator: {error}") from None
+    return generator.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
