@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from core.errors import ScaledownError
+from training.arguments import Parser
 
 # Each is the module of its name. Imported when asked for: torch alone takes seconds.
 COMMANDS = {
@@ -29,11 +30,11 @@ def choose_parser(
     """The parser of the command that `arguments` name, and what is left for it; else the one that lists them."""
     if arguments and arguments[0] in COMMANDS:
         name = arguments[0]
-        options = argparse.ArgumentParser(prog=f"{prog} {name}", description=COMMANDS[name])
+        options = Parser(prog=f"{prog} {name}", description=COMMANDS[name])
         importlib.import_module(f"training.{name}").add_arguments(options)
         return options, arguments[1:]
     width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s COMMAND [--help] ...",
         description="From raw data to a checkpoint that the service loads.",

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.model import Model
+from training.arguments import whole
 from training.config import TrainConfig, load_config
+from training.hardware import DEVICES, choose_runtime
 from training.objective import Objective
-from training.runtime import DEVICES, Runtime, choose_runtime
+from training.runtime import Runtime
 from training.step import train_step, update
 from training.task import load_examples, question_task
-from training.train import iterate_batches
-from training.trainee import build_trainee
+from training.train import iterate_batches, make_trainee
 
 Shape = tuple[nn.Module, tuple[int, ...]]
 GOAL = 0.8  # share of the bare speed that the loop is to reach
@@ -77,7 +78,7 @@ def bare_step(model: Model, shapes: list[Shape], config: TrainConfig, runtime: R
 def measure(config: TrainConfig, steps: int, runtime: Runtime) -> dict[str, float]:
     """Medians over `steps` steps after one that warms up."""
     task = question_task(config)
-    model, groups, names = build_trainee(config, runtime)
+    model, groups, names = make_trainee(config, runtime)
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
@@ -118,8 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("config", type=Path, help="the settings of a training run")
-    parser.add_argument("overrides", nargs="*", help="settings to change, as a.b=c")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps (default 10)")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, as a.b=c")
+    parser.add_argument("--steps", type=whole(1), default=10, help="measured steps (default 10)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA if there is one, else CPU")
 
 
@@ -129,8 +130,6 @@ def run(args: argparse.Namespace) -> None:
     `share_of_bare`: seconds of a bare forward and backward / seconds of a whole step, from reading the rows to new
     weights; the positions, padding included, are the same. `loop_tokens_per_s` leaves padding out.
     """
-    if args.steps < 1:
-        raise ConfigError("--steps: must be at least 1")
     config = load_config(args.config, args.overrides)
     measured = measure(config, args.steps, choose_runtime(args.device))
     print(json.dumps({name: round(value, 4) for name, value in measured.items()}))

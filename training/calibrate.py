@@ -13,6 +13,7 @@ from core.checkpoint import load_checkpoint, read_adapter, save_checkpoint
 from core.config import RelevanceConfig
 from core.errors import ConfigError
 from core.manifest import DTYPES, read_manifest
+from training.arguments import MAX_SEED, check_checkpoint, check_file, check_out_folder, whole
 from training.calibration import Calibration, measure_no_answer
 from training.intervals import Bootstrap
 from training.results import RankingRecord, Record, read_results
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 EXAMPLES = """\
 examples:
   # scale, bias and threshold from the scores that an evaluation of this checkpoint recorded
-  python -m training calibrate --checkpoint checkpoints/best --results evaluations/best/results.jsonl \\
-      --out checkpoints/best-calibrated
+  python -m training calibrate --checkpoint checkpoints/demo --results evaluations/demo/results.jsonl \\
+      --out checkpoints/demo-calibrated
 """
 
 
@@ -67,13 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint that was evaluated")
     parser.add_argument("--results", type=Path, required=True, help="results.jsonl of its evaluation")
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibrated copy; must not exist")
-    parser.add_argument("--rate", type=int, help="compression rate to calibrate at (default: the checkpoint's first)")
-    parser.add_argument("--passages", type=int, default=5, help="number of passages to calibrate at")
-    parser.add_argument("--seed", type=int, default=0, help="of the split into two halves")
+    parser.add_argument(
+        "--rate", type=whole(1), help="compression rate to calibrate at (default: the checkpoint's first)"
+    )
+    parser.add_argument("--passages", type=whole(1), default=5, help="number of passages to calibrate at (default 5)")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the split into two halves")
 
 
 def run(args: argparse.Namespace) -> None:
     """Calibrate. Raises ScaledownError for what the user can mend."""
+    check_checkpoint(args.checkpoint, "--checkpoint")
+    check_file(args.results, "--results")
+    check_out_folder(args.out, "--out", new=True)
     results = read_results(args.results)
     model = load_checkpoint(args.checkpoint, verify=False)
     if results.run.get("checkpoint") != model.name:

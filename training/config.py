@@ -13,7 +13,8 @@ from core.config import STRICT, Config, LoraConfig, Mode, Positive, parse_config
 from core.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,7 +103,7 @@ class OptimizerConfig:
     warmup: Share = 0.05
     weight_decay: Weight = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -151,6 +152,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         pointer = self.model.compressor.readout == "pointer"
+        if not (self.loss.needs_generator or self.loss.needs_compressor):
+            raise ValueError("loss: every part has weight 0, so there is nothing to train; give one a weight")
         if self.loss.alignment > 0 and not pointer:
             raise ValueError("loss.alignment: only a pointer readout attends to the answer's tokens; set it to 0")
         if self.loss.kl > 0 and not self.data.logits:
@@ -161,17 +164,33 @@ class TrainConfig:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The run that a YAML file describes, with `a.b=c` overrides (values are YAML). Raises ConfigError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping")
+    values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
     return parse_config(TrainConfig, values, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, none where it is empty. Raises ConfigError."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text in UTF-8") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values")
+    return values or {}
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """What YAML `text` says. Raises ConfigError, in one line that begins with `source`."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{source}{line}: not YAML: {getattr(error, 'problem', None) or 'malformed'}") from None
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -184,10 +203,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{name}: {parent} is a value, not a group of keys")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: not YAML: {error}") from None
+    values[last] = parse_yaml(text, repr(override))
 
 
 def dump_yaml(config: TrainConfig) -> str:

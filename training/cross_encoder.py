@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from core.base_models import first_line
 from core.errors import BaseModelError
 
 Pair = tuple[str, str]
@@ -21,7 +22,7 @@ class CrossEncoder:
                 model, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise BaseModelError(f"cross-encoder {model}: cannot be loaded: {error}") from None
+            raise BaseModelError(f"cross-encoder {model}: cannot be loaded: {first_line(error)}") from None
         if loaded.config.num_labels not in (1, 2):
             raise BaseModelError(f"cross-encoder {model}: has {loaded.config.num_labels} labels, not 1 or 2")
         self._model = loaded.eval().to(device)

@@ -159,7 +159,8 @@ def number_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path.name}: cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path.name}: cannot be read: {reason}") from None
 
 
 def iterate_rows(path: Path, policy: ReadPolicy, report: ReadReport) -> Iterator[Row]:

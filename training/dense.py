@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from core.base_models import first_line
 from core.errors import BaseModelError, ConfigError
 from training.negatives import BM25Retriever, Retriever, Scores
 
@@ -36,7 +37,7 @@ class _Encoder:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             self.model = auto.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
-            raise BaseModelError(f"retriever model {model}: cannot be loaded: {error}") from None
+            raise BaseModelError(f"retriever model {model}: cannot be loaded: {first_line(error)}") from None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
 

@@ -1,12 +1,13 @@
 """How good the model is on dev questions while it trains: quick, greedy, through the very functions that serve it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from statistics import fmean
 
 import torch
 
-from core.errors import InputError
+from core.errors import ConfigError, InputError
 from core.model import Model
 from core.pipeline import prepare
 from core.sampling import GenerationOptions
@@ -45,7 +46,7 @@ def can_be_read(model: Model, row: Row) -> bool:
 
 @torch.no_grad()
 def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: TrainConfig) -> dict[str, float]:
-    """The parts of the loss on dev examples: per token, passage or row."""
+    """The parts of the loss on dev examples: per token, passage or row. Raises ConfigError where a run has diverged."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     pointed = 0
@@ -56,9 +57,16 @@ def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: T
             sums[name] = sums.get(name, 0.0) + float(loss)
             counts[name] = counts.get(name, 0) + parts.counts[name]
     scores = {f"loss_{name}": sums[name] / max(counts[name], 1) for name in sums}
+    check_finite(scores)
     if counts.get("alignment"):
         scores["pointer"] = pointed / counts["alignment"]
     return scores
+
+
+def check_finite(values: Mapping[str, float]) -> None:
+    """Raises ConfigError where a run has diverged: nothing that it writes from then on would be of use."""
+    if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise ConfigError(f"{wrong[0]} is no number any more: the run has diverged; lower the rates in optimizer.*_lr")
 
 
 def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:

@@ -8,15 +8,18 @@ import hashlib
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.checkpoint import load_checkpoint
+from core.config import Config
 from core.errors import ConfigError
 from core.model import Model
 from core.sampling import GenerationOptions
+from training.arguments import MAX_SEED, check_checkpoint, check_file, check_out_folder, device, whole
 from training.chat_endpoint import ChatEndpoint
 from training.data_format import read_rows
 from training.data_quality import DataError
@@ -33,7 +36,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = """\
 examples:
   # every mode at every rate of the checkpoint, from 5 passages; run it again to go on after a kill
-  python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/best
+  python -m training evaluate --checkpoint checkpoints/demo --data data/dev.jsonl --out evaluations/demo
   # accuracy against prompt tokens: fixed rates, and relevance deciding under a budget
   python -m training evaluate --checkpoint checkpoints/best --data dev.jsonl.gz --out evaluations/best \\
       --budgets 128 192 256 384 512
@@ -53,34 +56,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="rows in the data format (.jsonl or .jsonl.gz)")
     parser.add_argument("--out", type=Path, required=True, help="folder of results and report; resumes what it holds")
-    parser.add_argument("--limit", type=int, help="the first questions only")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--rates", nargs="+", type=int, help="compression rates (default: all of the checkpoint)")
+    parser.add_argument("--limit", type=whole(1), help="the first questions only")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    parser.add_argument("--rates", nargs="+", type=whole(1), help="compression rates (default: all of the checkpoint)")
     parser.add_argument(
-        "--budgets", nargs="+", type=int, help="bounds on the prompt, in tokens, to run auto mode under"
+        "--budgets", nargs="+", type=whole(1), help="bounds on the prompt, in tokens, to run auto mode under"
     )
-    parser.add_argument("--passages", nargs="+", type=int, default=[5], help="numbers of passages to answer from")
-    parser.add_argument("--ranking-passages", type=int, default=0, help="rank more than are answered from")
+    parser.add_argument("--passages", nargs="+", type=whole(1), default=[5], help="numbers of passages to answer from")
+    parser.add_argument("--ranking-passages", type=whole(0), default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions answered side by side")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--cost-questions", type=int, default=4, help="questions to count operations and memory of")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="questions answered side by side")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=64, help="of an answer (default 64)")
+    parser.add_argument(
+        "--cost-questions", type=whole(0), default=4, help="questions to count operations and memory of"
+    )
     parser.add_argument("--text-baseline", type=Path, help="results.jsonl whose text mode is what retention is against")
     parser.add_argument("--judge-url", help="OpenAI-compatible endpoint of a judge, up to /v1")
     parser.add_argument("--judge-model", help="the judge's name there")
     parser.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="environment variable of its key")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the calibration's split")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1 (default: cuda if any)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what is computed in (default float32)")
+    parser.add_argument("--resamples", type=whole(1), default=1000, help="of the bootstrap")
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED), default=0, help="of the bootstrap and the calibration's split"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, summarise and report. Raises ScaledownError for what the user can mend."""
     if (args.judge_url is None) != (args.judge_model is None):
         raise ConfigError("--judge-url and --judge-model go together")
+    check_checkpoint(args.checkpoint, "--checkpoint")
+    check_file(args.data, "--data")
+    check_out_folder(args.out, "--out")
     questions = _read_questions(args.data, args.limit)
     model = load_checkpoint(args.checkpoint, device=args.device, dtype=DTYPES[args.dtype])
+    check_rates(args.rates or (), model.config)
     plan = Plan(
         modes=tuple(args.modes),
         rates=tuple(args.rates or model.config.compressor.rates),
@@ -93,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         options=GenerationOptions(max_new_tokens=args.max_new_tokens),
     )
     described = _describe_run(args, model, len(questions))
+    baseline = _read_baseline(args.text_baseline, described)
     results = ResultsFile.open(args.out / "results.jsonl", described)
     evaluate(model, questions, results, plan)
     if args.judge_url is not None:
@@ -102,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         described | {"environment": _environment(args)},
         results.records,
         Bootstrap(args.resamples, seed=args.seed),
-        _read_baseline(args.text_baseline, described),
+        baseline,
     )
     for path in write_report(summary, args.out):
         log.info("wrote %s", path)
@@ -114,8 +127,15 @@ def _read_questions(data: Path, limit: int | None) -> list[Question]:
     rows, report = read_rows(data)
     log.info("%s", report)
     if not rows:
-        raise DataError(f"{data.name}: no usable rows")
+        raise DataError(f"--data {data}: no usable rows; `prepare` writes such files")
     return to_questions(rows[:limit])
+
+
+def check_rates(rates: Sequence[int], config: Config) -> None:
+    """Raises ConfigError for a rate that the checkpoint is not trained for."""
+    trained = config.compressor.rates
+    if unknown := sorted(set(rates) - set(trained)):
+        raise ConfigError(f"--rates {unknown[0]}: must be one of {', '.join(map(str, trained))}, as the checkpoint has")
 
 
 def _describe_run(args: argparse.Namespace, model: Model, questions: int) -> dict[str, Any]:
@@ -147,6 +167,7 @@ def _read_baseline(path: Path | None, described: dict[str, Any]) -> list[Record]
     """Another run's records on the same questions. Raises ConfigError where the data differs."""
     if path is None:
         return []
+    check_file(path, "--text-baseline")
     baseline = read_results(path)
     if baseline.run.get("data_sha256") != described["data_sha256"]:
         raise ConfigError(f"--text-baseline {path}: was measured on other data")

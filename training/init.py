@@ -15,6 +15,7 @@ from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import Config, parse_config
 from core.manifest import DTYPES
 from core.model import build_model
+from training.arguments import MAX_SEED, check_out_folder, whole
 from training.config import apply_override, load_config
 
 log = logging.getLogger(__name__)
@@ -43,23 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
-    parser.add_argument("overrides", nargs="*", help="settings of the model, as a.b=c (compressor.chunk_tokens=256)")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="settings of the model, as a.b=c (compressor.chunk_tokens=256)"
+    )
     parser.add_argument(
         "--config", type=Path, help="YAML of a training run, whose `model` is taken; flags go before it"
     )
     parser.add_argument("--generator", help="base model: a folder, hub id or demo model (default: smollm2-135m)")
     parser.add_argument("--compressor", choices=["n_layers", "encoder"], help="default: n_layers")
     parser.add_argument("--encoder", help="the encoder compressor's base model")
-    parser.add_argument("--n-layers", type=int, help="layers the n_layers compressor copies (default: 8)")
+    parser.add_argument("--n-layers", type=whole(1), help="layers the n_layers compressor copies (default: 8)")
     parser.add_argument("--readout", choices=["memory", "pooled", "pointer"], help="default: memory")
     parser.add_argument("--order", choices=["query_first", "document_first"], help="default: query_first")
-    parser.add_argument("--seed", type=int, default=0, help="of the slots and heads")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the slots and heads")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="how the weights are stored")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's folder, which must not exist yet")
 
 
 def run(args: argparse.Namespace) -> None:
     """Build, save and load once as the service would. Raises ScaledownError for what the user can mend."""
+    check_out_folder(args.out, "--out", new=True)
     flags = [
         f"{key}={json.dumps(getattr(args, flag))}" for flag, key in FLAGS.items() if getattr(args, flag) is not None
     ]

@@ -21,6 +21,7 @@ from core.base_models import resolve_base_model
 from core.config import PromptConfig
 from core.errors import ConfigError
 from core.generator import load_generator
+from training.arguments import check_file, check_out_file, check_out_folder, device, whole
 from training.chat_endpoint import ChatEndpoint
 from training.cross_encoder import CrossEncoder
 from training.data_format import Row, read_rows, write_rows
@@ -33,9 +34,9 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
-  # answers of a local model or hub id, 32 rows at a time; run the same line again after a kill
-  python -m training label --data train.jsonl.gz --teacher mistralai/Mistral-7B-Instruct-v0.2 --block 32 \\
-      --out train.labelled.jsonl.gz
+  # answers of a demo model, a folder or a hub id, 32 rows at a time; run the same line again after a kill
+  python -m training label --data data/train.jsonl --teacher smollm2-135m --max-new-tokens 32 --block 32 \\
+      --out data/labelled.jsonl
   # the same with the 32 likeliest tokens at each position, for loss.kl
   python -m training label --data train.jsonl.gz --teacher smollm2-135m --logits labels/logits --top-k 32 \\
       --out train.labelled.jsonl.gz
@@ -151,25 +152,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", help="variable with the endpoint's key, if it needs one"
     )
-    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight at the endpoint (default 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="of an answer (default 128, as the paper)")
+    parser.add_argument(
+        "--concurrency", type=whole(1), default=8, help="requests in flight at the endpoint (default 8)"
+    )
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128, help="of an answer (default 128, as the paper)")
     parser.add_argument("--system", default=defaults["system"], help="system prompt (default: the generator's)")
     parser.add_argument("--logits", type=Path, help="folder for top-k log-probabilities; a local teacher only")
-    parser.add_argument("--top-k", type=int, default=32, help="how many with --logits (default 32)")
+    parser.add_argument("--top-k", type=whole(1), default=32, help="how many with --logits (default 32)")
     parser.add_argument("--reranker", default="", help="cross-encoder whose scores become the passages' relevance")
     parser.add_argument(
         "--score", choices=("logit", "probability"), default="logit", help="form of them (default logit)"
     )
     parser.add_argument("--relabel", action="store_true", help="also answer rows that have a teacher's answer")
-    parser.add_argument("--block", type=int, default=16, help="rows answered together and saved together (default 16)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
+    parser.add_argument(
+        "--block", type=whole(1), default=16, help="rows answered together and saved together (default 16)"
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1; default: cuda if any")
     parser.add_argument("--refuse", action="store_true", help="stop at the first bad row instead of skipping it")
 
 
 def config_from(args: argparse.Namespace) -> LabelConfig:
     """What the command line asks for. Raises ConfigError."""
-    if args.block < 1 or args.top_k < 1 or args.concurrency < 1 or args.max_new_tokens < 1:
-        raise ConfigError("--block, --top-k, --concurrency and --max-new-tokens must be at least 1")
     return LabelConfig(
         teacher=args.teacher,
         endpoint=args.endpoint,
@@ -185,13 +189,17 @@ def config_from(args: argparse.Namespace) -> LabelConfig:
 def run(args: argparse.Namespace) -> None:
     """Label and write. Raises ScaledownError for what the user can mend."""
     config = config_from(args)
+    check_file(args.data, "--data")
+    check_out_file(args.out, "--out")
+    if args.logits is not None:
+        check_out_folder(args.logits, "--logits")
     journal_path = args.out.with_name(f"{args.out.name}.journal")
     if args.out.exists() and not journal_path.exists():
         raise ConfigError(f"{args.out} already exists and is complete; delete it or give another --out")
     rows, report = read_rows(args.data, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
     log.info("%s", report)
     if not rows:
-        raise DataError(f"{args.data.name}: no rows to label")
+        raise DataError(f"--data {args.data}: no rows to label; `prepare` writes such files")
     _require_no_strangers(args.logits, journal_path)
     settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": _sha256(args.data)}
     with Journal(journal_path, settings) as journal:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from core.config import STRICT, parse_config
 from core.errors import ConfigError
+from training.arguments import MAX_SEED, check_file, check_out_file, share, whole
 from training.assemble import AssemblyConfig, assemble_rows
+from training.config import parse_yaml, read_yaml
 from training.data_format import Row, RowPassage, write_rows
-from training.data_quality import DataError, ReadPolicy
+from training.data_quality import DataError, ReadPolicy, ReadReport
 from training.dense import make_retriever
 from training.examples import Example, keep_found_answers
 from training.negatives import Collection
@@ -35,12 +36,12 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
-  # one file of questions with positives, negatives by BM25 from a text collection; a tenth held out as dev
-  python -m training prepare --source questions.jsonl.gz --collection wiki.jsonl.gz \\
-      --out train.jsonl.gz --dev-out dev.jsonl.gz --dev-share 0.1
-  # a spreadsheet, its columns named, and a public set, at most 50,000 of it; 5 passages a query
+  # the questions that are in the repository, negatives by BM25 from their passages; a fifth held out as dev
+  python -m training prepare --source examples/facts.jsonl --passages 5 --dev-share 0.2 \\
+      --out data/train.jsonl --dev-out data/dev.jsonl
+  # a table, its columns named, and 50,000 questions of a public set; negatives from a collection, too
   python -m training prepare --source tickets.csv,columns.query=subject,columns.answers=reply,columns.text=article \\
-      --source squad,limit=50000 --passages 5 --out train.jsonl.gz
+      --source squad,limit=50000 --collection wiki.jsonl.gz --passages 5 --out train.jsonl.gz
   # nothing in train that a test set shares a passage or a question with
   python -m training prepare --config prepare.yaml --held-out test.jsonl --out train.jsonl.gz
 """
@@ -66,7 +67,7 @@ class PrepareConfig:
     retriever: str = "bm25"
     assembly: AssemblyConfig = field(default_factory=AssemblyConfig)
     dev_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     on_problem: Literal["skip", "refuse"] = "skip"
     max_passage_chars: Annotated[int, Field(ge=1)] = 20_000
 
@@ -112,10 +113,16 @@ def prepare(config: PrepareConfig) -> Prepared:
 
 
 def _read(source: SourceConfig, config: PrepareConfig) -> list[Example]:
-    """A source's good examples, ids prefixed with its name."""
+    """A source's good examples, ids prefixed with its name. Raises DataError where it has none."""
     examples, report = read_examples(source, config.policy)
     log.info("%s", report)
+    if not examples:
+        raise DataError(f"{source.path}: {_nothing_in(report)}")
     return [replace(example, id=f"{source.label}/{example.id}") for example in examples]
+
+
+def _nothing_in(report: ReadReport) -> str:
+    return f"none of its {report.read} rows can be used; see above for why" if report.read else "is empty"
 
 
 def _select(
@@ -148,6 +155,8 @@ def _read_collections(config: PrepareConfig) -> list[RowPassage]:
     for path in config.collections:
         passages, report = read_collection(Path(path), config.policy)
         log.info("%s", report)
+        if not passages:
+            raise DataError(f"{path}: {_nothing_in(report)}")
         pool += passages
     return pool
 
@@ -193,38 +202,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--collection", action="append", metavar="FILE", help="passages to mine negatives from")
     parser.add_argument("--held-out", action="append", metavar="FILE", help="share no passage or question with these")
     parser.add_argument("--retriever", help="bm25 (default), dense:<model> or splade:<model>")
-    parser.add_argument("--passages", type=int, help="passages a row (default 10)")
-    parser.add_argument("--random-negatives", type=int, help="of them random ones (default 1)")
+    parser.add_argument("--passages", type=whole(1), help="passages a row (default 10)")
+    parser.add_argument("--random-negatives", type=whole(0), help="of them random ones (default 1)")
     parser.add_argument("--given-only", action="store_true", help="no mining: only the passages an example came with")
-    parser.add_argument("--dev-share", type=float, help="share of passages that go to --dev-out (default 0)")
-    parser.add_argument("--seed", type=int, help="default 0")
+    parser.add_argument("--dev-share", type=share, help="share of passages that go to --dev-out (default 0)")
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), help="default 0")
     parser.add_argument("--refuse", action="store_true", help="stop at the first bad row instead of skipping it")
-    parser.add_argument("--max-passage-chars", type=int, help="a longer passage makes its row bad (default 20000)")
+    parser.add_argument("--max-passage-chars", type=whole(1), help="a longer passage makes its row bad (default 20000)")
     parser.add_argument("--out", type=Path, required=True, help="rows to train on (.jsonl or .jsonl.gz)")
     parser.add_argument("--dev-out", type=Path, help="rows of the dev share")
 
 
 def parse_source(text: str) -> dict[str, Any]:
-    """`PATH,key=value,columns.query=question` as the values of a SourceConfig; YAML rules for the values."""
+    """`PATH,key=value,columns.query=question` as the values of a SourceConfig; YAML rules for the values.
+
+    Raises ConfigError.
+    """
     path, *pairs = text.split(",")
     values: dict[str, Any] = {"path": path}
+    columns: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--source {text}: {pair!r} is not KEY=VALUE")
         if key.startswith("columns."):
-            values.setdefault("columns", {})[key.removeprefix("columns.")] = value
+            columns[key.removeprefix("columns.")] = value
         else:
-            values[key] = yaml.safe_load(value)
+            values[key] = parse_yaml(value, f"--source {text}: {key}")
+    values |= {"columns": columns} if columns else {}
+    parse_config(SourceConfig, values, f"--source {text}")  # a mistake is said with the option that it is in
     return values
 
 
 def config_from(args: argparse.Namespace) -> PrepareConfig:
     """The YAML file, if any, with the command line's values in it. Raises ConfigError."""
-    try:
-        values: dict[str, Any] = (yaml.safe_load(args.config.read_text()) or {}) if args.config else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{args.config}: {error}") from None
+    values = read_yaml(args.config) if args.config else {}
+    if not args.source and "sources" not in values:
+        raise ConfigError("--source: give at least one, or --config with sources")
     given = {
         "sources": [parse_source(text) for text in args.source] if args.source else None,
         "collections": args.collection,
@@ -242,7 +256,10 @@ def config_from(args: argparse.Namespace) -> PrepareConfig:
     }
     values |= {key: value for key, value in given.items() if value is not None}
     if chosen := {key: value for key, value in assembly.items() if value is not None}:
-        values["assembly"] = {**values.get("assembly", {}), **chosen}
+        given_assembly = values.get("assembly", {})
+        if not isinstance(given_assembly, dict):
+            raise ConfigError(f"{args.config}: assembly: must be a group of keys")
+        values["assembly"] = {**given_assembly, **chosen}
     return parse_config(PrepareConfig, values, str(args.config or "command line"))
 
 
@@ -250,14 +267,32 @@ def run(args: argparse.Namespace) -> None:
     """Prepare and write. Raises ScaledownError for what the user can mend."""
     config = config_from(args)
     if (config.dev_share > 0) != (args.dev_out is not None):
-        raise ConfigError("--dev-out and a dev_share over 0 go together")
+        raise ConfigError("--dev-out and a --dev-share over 0 go together")
+    _check_paths(config, args)
     prepared = prepare(config)
     for reason, count in prepared.dropped.most_common():
         if count:
             log.info("left out: %d x %s", count, reason)
     if not prepared.train:
-        raise DataError("no rows are left; see above for what was left out")
+        raise DataError("--out: no rows are left to train on; see above for what was left out")
+    if args.dev_out is not None and not prepared.dev:
+        raise DataError(f"--dev-share {config.dev_share:g}: no rows are left for --dev-out; give a larger share")
     for path, rows in ((args.out, prepared.train), (args.dev_out, prepared.dev)):
         if path is not None:
             write_rows(path, rows)
-            log.info("%s: %s", path, describe(rows) if rows else "no rows")
+            log.info("%s: %s", path, describe(rows))
+
+
+def _check_paths(config: PrepareConfig, args: argparse.Namespace) -> None:
+    """Raises ConfigError where a file of passages is none, or a file to write cannot be one, or is one that is read."""
+    for path in config.collections:
+        check_file(Path(path), "--collection")
+    read = {Path(path).absolute() for path in (*config.collections, *config.held_out)}
+    read |= {Path(source.path).absolute() for source in config.sources}
+    for option, path in (("--out", args.out), ("--dev-out", args.dev_out)):
+        if path is None:
+            continue
+        check_out_file(path, option)
+        if path.absolute() in read:
+            raise ConfigError(f"{option} {path}: is read, too; give another name")
+        read.add(path.absolute())

@@ -19,6 +19,7 @@ from core.model import Model
 from core.passages import Passage, chunk_passage
 from core.pipeline import prepare, rows_of
 from core.tokenization import encode
+from training.arguments import check_file
 from training.batches import TrainExample
 from training.config import TrainConfig
 from training.data_format import check_string, number_lines, parse_json_line
@@ -48,6 +49,9 @@ INSTRUCTIONS: dict[Kind, tuple[str, ...]] = {
 
 EXAMPLES = """\
 examples:
+  # a few steps, to see that texts and machine are fit; a line of the file is {"text": "...", "title": "..."}
+  python -m training pretrain training/configs/tiny-test.yaml --out runs/tiny-texts \\
+      data.train=data/texts.jsonl data.dev=data/texts.jsonl
   # texts first, then questions
   python -m training pretrain training/configs/paper-mistral-7b-modernbert.yaml --out runs/texts \\
       data.train=data/texts.jsonl.gz data.dev=data/texts-dev.jsonl.gz
@@ -66,10 +70,8 @@ class Text:
 
 def text_task(config: TrainConfig) -> Task:
     """Repeating and continuing texts. Raises DataError and ConfigError where the data cannot be used."""
-    if not config.loss.answer:
-        raise ConfigError("loss.answer: pretraining has no other loss")
-    texts = load_texts(config, config.data.train)
-    dev_texts = load_texts(config, config.data.dev)[: config.data.dev_questions or None]
+    texts = load_texts(config, "data.train", config.data.train)
+    dev_texts = load_texts(config, "data.dev", config.data.dev)[: config.data.dev_questions or None]
 
     def evaluate(objective: Objective) -> dict[str, float]:
         return evaluate_texts(objective, dev_texts, config)
@@ -122,16 +124,20 @@ def make_text_example(model: Model, passage: Passage, kind: Kind, most: int, rng
     return TrainExample(request, rows_of(model, request, rate), "compressed", answer_ids, None, [])
 
 
-def load_texts(config: TrainConfig, name: str) -> list[Text]:
-    """Texts of a JSONL file, one object `{"text", "title"?}` a line; what was wrong with others is printed."""
+def load_texts(config: TrainConfig, key: str, name: str) -> list[Text]:
+    """Texts of the JSONL file that `key` names, one object `{"text", "title"?}` a line.
+
+    What was wrong with others is printed. Raises ConfigError and DataError.
+    """
     path = Path(name)
+    check_file(path, key)
     report = ReadReport(path.name)
     policy = ReadPolicy(on_problem=config.data.on_bad_row)
     lines = ((number, (number, line)) for number, line in number_lines(path))
     texts = list(parse_records(lines, parse_text, policy, report))
     tqdm.write(str(report))
     if not texts:
-        raise ConfigError(f"data: {name} has no usable text")
+        raise ConfigError(f'{key} {name}: has no usable text; a line is {{"text": ...}}')
     return texts
 
 
@@ -144,7 +150,9 @@ def parse_text(numbered: tuple[int, bytes]) -> Text:
 
 
 def pretrain_config(config: TrainConfig) -> TrainConfig:
-    """`config` with only the loss that texts have."""
+    """`config` with only the loss that texts have. Raises ConfigError where its weight is 0."""
+    if not config.loss.answer:
+        raise ConfigError("loss.answer: pretraining has no other loss")
     return replace(config, loss=replace(config.loss, kl=0.0, relevance=0.0, alignment=0.0))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
+from training.arguments import check_file, check_out_folder
 from training.intervals import Bootstrap, Interval
 from training.plots import plot_passages, plot_rates, plot_stages, plot_tokens, plot_training, setting_label, to_svg
 from training.rendering import Section, Table, render_html, render_markdown, render_table
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
-  # again from the numbers, with the curves of the training run and against an earlier evaluation
+  # again from the numbers of an evaluation
+  python -m training report --result evaluations/demo/result.json --out reports/demo
+  # with the curves of the training run and against an earlier evaluation
   python -m training report --result evaluations/best/result.json --metrics runs/best/metrics.jsonl \\
       --before evaluations/first/result.json --out reports/best
 """
@@ -251,6 +254,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the report. Raises ConfigError."""
     if args.result is None and (args.metrics is None or args.before is not None):
         raise ConfigError("give --result, --metrics or both; --before needs --result")
+    for option, path in (("--result", args.result), ("--before", args.before), ("--metrics", args.metrics)):
+        if path is not None:
+            check_file(path, option)
+    check_out_folder(args.out, "--out")
     summary = None if args.result is None else read_summary(args.result)
     before = None if args.before is None else read_summary(args.before)
     metrics = [] if args.metrics is None else read_metrics(args.metrics)
@@ -262,9 +269,12 @@ def read_summary(path: Path) -> dict[str, Any]:
     """A result.json. Raises ConfigError where it is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict) or not {"run", "settings", "ranking", "no_answer"} <= values.keys():
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        values = None
+    kinds = {"run": dict, "settings": list, "ranking": list, "no_answer": list}
+    if not isinstance(values, dict) or not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"{path}: not the result.json of an evaluation")
     return values
 
@@ -286,4 +296,5 @@ def _parse_metrics(line: str) -> dict[str, Any] | None:
         values = json.loads(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and {"step", "split"} <= values.keys() else None
+    fits = isinstance(values, dict) and isinstance(values.get("step"), int) and "split" in values
+    return values if fits else None

@@ -126,13 +126,11 @@ class ResultsFile:
 
         Raises ConfigError where it holds another run's records, or a line before the last is broken.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         run = json.loads(json.dumps(run))  # as it reads back: tuples become lists
         results = cls(path, run)
-        lines = _complete_lines(path)
+        lines = _complete_lines(path, repair=True)
         if not lines:
-            results._write([json.dumps({"kind": "run", **run})])
-            return results
+            return results  # its first line is written with the first record: what fails before leaves no file
         before = _parse_line(path, 1, lines[0])
         if differing := sorted(key for key in {*run, *before} - {"kind"} if run.get(key) != before.get(key)):
             raise ConfigError(f"{path}: holds results of another run ({', '.join(differing)} differ)")
@@ -143,10 +141,13 @@ class ResultsFile:
         """Add records to the file and to `records`."""
         new = list(records)
         if new:
-            self._write(json.dumps(dataclasses.asdict(record)) for record in new)
+            begun = self.path.exists() and self.path.stat().st_size > 0
+            first = [] if begun else [{"kind": "run", **self.run}]
+            self._write(json.dumps(values) for values in [*first, *map(dataclasses.asdict, new)])
             self.records.extend(new)
 
     def _write(self, lines: Iterable[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write("".join(line + "\n" for line in lines))
             file.flush()
@@ -163,15 +164,22 @@ def read_results(path: Path) -> ResultsFile:
     return ResultsFile(path, run, list(_parse_records(path, lines)))
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of the file; a last line without its line feed is cut off the file: a kill cut it short."""
+def _complete_lines(path: Path, *, repair: bool = False) -> list[str]:
+    """The lines of the file but a last one without its line feed: a kill cut it short. `repair`: cut it off the file.
+
+    Raises ConfigError where it is not text.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
     complete = content.rfind(b"\n") + 1
-    if complete < len(content):
+    try:
+        lines = content[:complete].decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not the results.jsonl of an evaluation: it is not text") from None
+    if repair and complete < len(content):
         os.truncate(path, complete)
-    return content[:complete].decode("utf-8").splitlines()
+    return lines
 
 
 def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:

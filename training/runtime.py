@@ -1,11 +1,9 @@
 """Where a run runs: device, precision and the other processes. The loop asks this and never which hardware it is on.
 
 Processes come from `accelerate launch` (CPU with gloo, CUDA with NCCL). FSDP is `training/sharding.py`, Trainium is
-`training/trainium.py`.
+`training/trainium.py`; `training/hardware.py` chooses.
 """
 
-import importlib
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from core.model import Model
 from training.batches import TrainExample
 
-DEVICES = ("auto", "trainium")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -117,16 +114,3 @@ class AccelerateRuntime(Runtime):
     def wait(self) -> None:
         """A barrier."""
         self._state.wait_for_everyone()
-
-
-def choose_runtime(device: str) -> Runtime:
-    """The runtime of one of DEVICES. Raises ConfigError where this machine cannot run it."""
-    if device == "trainium":
-        # Imported here: it needs torch_xla, which only such machines have.
-        runtime: Runtime = importlib.import_module("training.trainium").XlaRuntime()
-        return runtime
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        from training.sharding import ShardedRuntime  # it is built on this module
-
-        return ShardedRuntime()
-    return AccelerateRuntime()

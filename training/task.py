@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from core.errors import ConfigError, InputError
 from core.model import Model
+from training.arguments import check_file
 from training.batches import TrainExample, make_example, row_length
 from training.config import TrainConfig
 from training.data_format import Row, read_rows
@@ -39,8 +40,8 @@ class Task:
 
 def question_task(config: TrainConfig) -> Task:
     """Answering questions from their passages. Raises DataError and ConfigError where the data cannot be used."""
-    rows = load_rows(config, config.data.train)
-    dev_rows = load_rows(config, config.data.dev)[: config.data.dev_questions or None]
+    rows = load_rows(config, "data.train", config.data.train)
+    dev_rows = load_rows(config, "data.dev", config.data.dev)[: config.data.dev_questions or None]
     logits = TeacherLogits(Path(config.data.logits)) if config.loss.kl > 0 else None
 
     def example(model: Model, index: int, key: str) -> TrainExample | None:
@@ -55,12 +56,16 @@ def question_task(config: TrainConfig) -> Task:
     return Task(lengths, example, lambda objective: evaluate_dev(objective, dev_rows, config), check)
 
 
-def load_rows(config: TrainConfig, name: str) -> list[Row]:
-    """Rows of a data file; what was wrong with the others is printed with line numbers."""
+def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:
+    """Rows of the data file that `key` names; what was wrong with the others is printed with line numbers.
+
+    Raises ConfigError and DataError.
+    """
+    check_file(Path(name), key)
     rows, report = read_rows(Path(name), ReadPolicy(on_problem=config.data.on_bad_row))
     tqdm.write(str(report))
     if not rows:
-        raise ConfigError(f"data: {name} has no usable row")
+        raise ConfigError(f"{key} {name}: has no usable row; `prepare` writes such files")
     return rows
 
 

@@ -8,26 +8,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from tqdm import tqdm
 
+from core.errors import ConfigError
 from core.model import Model
 from training.adapters import whole_copy
+from training.arguments import check_out_folder
 from training.batches import plan_epoch
 from training.config import TrainConfig, dump_yaml, load_config
-from training.dev import dev_score
+from training.dev import check_finite, dev_score
+from training.hardware import DEVICES, choose_runtime
 from training.metrics_log import MetricsLog
 from training.objective import Objective
 from training.run_state import Progress, optimizer_tensors, recover_folder, restore_run, save_weights
-from training.runtime import DEVICES, Runtime, choose_runtime
+from training.runtime import Runtime
 from training.step import schedule, summarise, train_step, update
 from training.task import Task, load_examples, question_task
 from training.trainee import build_trainee
 
 EXAMPLES = """\
 examples:
+  # ten steps, to see that data and machine are fit
+  python -m training train training/configs/tiny-test.yaml --out runs/tiny \\
+      data.train=data/train.jsonl data.dev=data/dev.jsonl
   # a shipped config on your own rows; the same line again goes on where it was stopped
   python -m training train training/configs/smollm2-cpu.yaml --out runs/first \\
       data.train=data/train.jsonl data.dev=data/dev.jsonl
@@ -79,12 +87,19 @@ def count_steps(examples: int, config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Progress:
-    """Run `config` on `task` to its end or to a stop signal, going on from `folder/last` where there is one."""
-    model, groups, names = build_trainee(config, runtime)
+    """Run `config` on `task` to its end or to a stop signal, going on from `folder/last` where there is one.
+
+    Nothing is written before model and data are found to be fit. Raises ConfigError, CheckpointError, BaseModelError.
+    """
+    model, groups, names = make_trainee(config, runtime)
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
     progress = resume(folder, optimizer, names, runtime)
+    if runtime.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    runtime.wait()
     steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
     window: list[dict[str, float]] = []
     started = time.perf_counter()
@@ -97,6 +112,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
             examples, skipped = load_examples(task, model, mine, f"{config.loop.seed}/{epoch}")
             sums = train_step(objective, examples, config, runtime)
             norm = update(optimizer, names, config, schedule(step, steps, config.optimizer.warmup), runtime)
+            check_finite({"grad_norm": norm})
             window.append(sums | {"grad_norm": norm})
             # A signal may reach one process only: they stop together or not at all.
             shared = runtime.sum_counts({"skipped": float(skipped), "stop": float(stop.requested)})
@@ -117,6 +133,14 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
                 break
     runtime.wait()
     return progress
+
+
+def make_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dict[str, Any]], dict[nn.Parameter, str]]:
+    """As `build_trainee`. Raises ConfigError, too, for adapters of layers that the model does not have."""
+    try:
+        return build_trainee(config, runtime)
+    except NoMatchingPeftModuleError as error:
+        raise ConfigError(f"target_modules of model.generator.lora or optimizer.compressor_lora: {error}") from None
 
 
 def resume(
@@ -180,7 +204,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, examples: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = examples
     parser.add_argument("config", type=Path, help="a YAML file, e.g. training/configs/smollm2-cpu.yaml")
-    parser.add_argument("overrides", nargs="*", help="settings to change, as a.b=c (data.train=rows.jsonl)")
+    parser.add_argument("overrides", nargs="*", default=[], help="settings to change, as a.b=c (data.train=rows.jsonl)")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; an unfinished run there is resumed")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: CUDA if there is one, else CPU")
 
@@ -197,14 +221,16 @@ def run_task(
 ) -> None:
     """Train on a task as the command line says. Raises ScaledownError for what the user can mend."""
     config = adapt(load_config(args.config, args.overrides))
+    check_out_folder(args.out, "--out")
+    if (args.out / "config.json").exists():
+        raise ConfigError(f"--out {args.out}: holds a model or a checkpoint, not a run; give another folder")
+    if config.start and not (Path(config.start) / "compressor.safetensors").is_file():
+        raise ConfigError(f"start {config.start}: holds no weights of a run or a checkpoint (compressor.safetensors)")
     task = make_task(config)
     runtime = choose_runtime(args.device)
     if runtime.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
         how = ", layers sharded" if runtime.sharded else ""
         tqdm.write(f"{runtime.world} process{'es' if runtime.world > 1 else ''} on {runtime.device}{how}")
-    runtime.wait()
     progress = train(config, task, args.out, runtime)
     if runtime.rank == 0:
         print(json.dumps(asdict(progress)))

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_training import settings, write_run
-from training.__main__ import COMMANDS, main
+from training.__main__ import COMMANDS, choose_parser, main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -18,12 +20,27 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"-m training {command} " in examples
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_of_a_help_are_arguments_that_it_takes(command: str) -> None:
+    text = (choose_parser([command])[0].epilog or "").replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if line.startswith("  python -m training ")]
+    assert lines
+    for line in lines:
+        parser, rest = choose_parser(line[3:])
+        parsed = parser.parse_intermixed_args(rest)
+        config = getattr(parsed, "config", None)
+        assert config is None or config.name == "prepare.yaml" or (ROOT / config).is_file()
+
+
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["init", "--unknown"]])
 def test_wrong_usage_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert "usage: python -m training" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("python -m training")
+    assert said.count("\n") == 1
+    assert "--help" in said
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,4 +58,4 @@ def test_a_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "run"
     assert main(["train", str(config), "--out", str(out)]) == 1
-    assert f"error: {out}: Not a directory" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: --out {out}: {tmp_path / 'file'} is a file, not a folder\n"

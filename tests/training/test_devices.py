@@ -10,7 +10,7 @@ import torch
 from core.errors import ConfigError
 from tests.tiny_training import losses, settings, write_run
 from training.__main__ import main
-from training.runtime import choose_runtime
+from training.hardware import choose_runtime
 
 HAS_XLA = importlib.util.find_spec("torch_xla") is not None
 

@@ -255,6 +255,10 @@ def describe(record: object) -> str:
 def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     ResultsFile.open(path, {"data": "a", "questions": 4})
+    assert not path.exists()  # before the first record there is nothing to go on from
+    record = RankingRecord("q", "bm25", 1, [True], [1.0])
+    ResultsFile.open(path, {"data": "a", "questions": 4}).append([record])
+    assert ResultsFile.open(path, {"data": "a", "questions": 4}).records == [record]
     with pytest.raises(ConfigError, match="questions differ"):
         ResultsFile.open(path, {"data": "a", "questions": 5})
     path.write_text('{"kind": "run"}\n{"kind": "answer"}\n')

@@ -290,7 +290,6 @@ def test_a_prompt_without_room_for_an_answer_keeps_its_gold_answer(
         ([], "nothing to label"),
         (["--endpoint", "http://x/v1", "--reranker", "r"], "also name the model"),
         (["--endpoint", "http://x/v1", "--teacher", "t", "--logits", "l"], "use a local teacher"),
-        (["--teacher", "t", "--block", "0"], "must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_refused(

@@ -148,13 +148,12 @@ def test_bad_rows_are_reported_by_line_and_skipped_or_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "sources"),
+        ([], "--source: give at least one"),
         (["--source", "none.jsonl"], "no such file"),
         (["--source", "squad,limits=3"], "limits: unknown key"),
         (["--source", "squad,limit"], "is not KEY=VALUE"),
         (["--source", "squad", "--source", "squad"], "two have the same name"),
         (["--source", "squad", "--dev-share", "0.5"], "--dev-out"),
-        (["--source", "squad", "--passages", "0"], "passages"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_message(

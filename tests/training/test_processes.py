@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from tests.tiny_training import losses, read_metrics, settings, write_run
 from training.__main__ import main
 from training.config import load_config
-from training.runtime import choose_runtime
+from training.hardware import choose_runtime
 from training.step import schedule
 
 ROOT = Path(__file__).parents[2]
