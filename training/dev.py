@@ -1,7 +1,7 @@
 """How good the model is on dev questions while it trains: quick, greedy, through the very functions that serve it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import fmean
 
@@ -46,7 +46,7 @@ def can_be_read(model: Model, row: Row) -> bool:
 
 @torch.no_grad()
 def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: TrainConfig) -> dict[str, float]:
-    """The parts of the loss on dev examples: per token, passage or row. Raises ConfigError where a run has diverged."""
+    """The parts of the loss on dev examples: per token, passage or row."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     pointed = 0
@@ -57,16 +57,9 @@ def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: T
             sums[name] = sums.get(name, 0.0) + float(loss)
             counts[name] = counts.get(name, 0) + parts.counts[name]
     scores = {f"loss_{name}": sums[name] / max(counts[name], 1) for name in sums}
-    check_finite(scores)
     if counts.get("alignment"):
         scores["pointer"] = pointed / counts["alignment"]
     return scores
-
-
-def check_finite(values: Mapping[str, float]) -> None:
-    """Raises ConfigError where a run has diverged: nothing that it writes from then on would be of use."""
-    if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise ConfigError(f"{wrong[0]} is no number any more: the run has diverged; lower the rates in optimizer.*_lr")
 
 
 def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
@@ -96,12 +89,18 @@ def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dic
 
 
 def rank_gold(rows: Sequence[Row], compressed: Compressed) -> list[float]:
-    """For each question with labels, whether its best-scored passage is a relevant one."""
+    """For each question with labels, whether its best-scored passage is a relevant one.
+
+    Raises ConfigError where scores are no numbers any more.
+    """
     firsts = []
     for row, passages in zip(rows, compressed, strict=True):
         gains = [float((passage.relevance or 0) > 0.5) for passage in row.passages]
         if 0 < sum(gains) < len(gains):
-            firsts.append(gold_first([max(chunk.score for chunk in passage.chunks) for passage in passages], gains))
+            scores = [max(chunk.score for chunk in passage.chunks) for passage in passages]
+            if any(math.isnan(score) for score in scores):
+                raise ConfigError("relevance is no number any more: the run has diverged; lower optimizer.*_lr")
+            firsts.append(gold_first(scores, gains))
     return firsts
 
 

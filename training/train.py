@@ -21,7 +21,7 @@ from training.adapters import whole_copy
 from training.arguments import check_out_folder
 from training.batches import plan_epoch
 from training.config import TrainConfig, dump_yaml, load_config
-from training.dev import check_finite, dev_score
+from training.dev import dev_score
 from training.hardware import DEVICES, choose_runtime
 from training.metrics_log import MetricsLog
 from training.objective import Objective
@@ -112,7 +112,6 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
             examples, skipped = load_examples(task, model, mine, f"{config.loop.seed}/{epoch}")
             sums = train_step(objective, examples, config, runtime)
             norm = update(optimizer, names, config, schedule(step, steps, config.optimizer.warmup), runtime)
-            check_finite({"grad_norm": norm})
             window.append(sums | {"grad_norm": norm})
             # A signal may reach one process only: they stop together or not at all.
             shared = runtime.sum_counts({"skipped": float(skipped), "stop": float(stop.requested)})
