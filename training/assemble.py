@@ -28,7 +28,7 @@ class AssemblyConfig:
     random_negatives       how many of the negatives are drawn at random instead of by score
     mine                   take negatives from the collection; false: only those that came with the example
     drop_answer_passages   no negative may contain an answer
-    match_titles           where positives have no title, negatives lose theirs: else a title alone would tell them apart
+    match_titles           where positives have no title, negatives lose theirs: a title alone would tell them apart
     without_positives      examples that came with no passages at all: `distant` makes the best retrieved passage with
                            an answer the positive (DPR), `unjudged` takes the best retrieved ones as they are, for a
                            teacher to answer and score (OSCAR sec. 4), `skip` leaves the example out
