@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.compute_dtype import best_dtype
-from core.errors import CheckpointError
+from core.errors import CheckpointError, ConfigError
 from core.passages import Passage
 from core.pipeline import compress, prepare
 from core.quantization import TOLERANCE
@@ -47,3 +47,9 @@ def test_int8_that_is_too_far_off_is_refused(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("core.quantization.TOLERANCE", 1e-6)
     with pytest.raises(CheckpointError, match="golden example"):
         load_model(make_settings(checkpoint=root / "first", quantize="int8"))
+
+
+def test_int8_and_compiled_graphs_exclude_each_other(root: Path) -> None:
+    settings = make_settings(checkpoint=root / "first", quantize="int8", accelerator="jit")
+    with pytest.raises(ConfigError, match="quantize: the graphs of accelerator jit"):
+        load_model(settings)
