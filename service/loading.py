@@ -38,7 +38,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.quantize is not None and settings.accelerator != "eager":
-        raise ConfigError(f"quantize: the graphs of accelerator {settings.accelerator} are not quantised; leave one out")
+        raise ConfigError(f"quantize: the graphs of accelerator {settings.accelerator} are not quantised; drop one")
     folder = folder or configured_folder(settings)
     dtype = compute_dtype(settings)
     if folder is not None:
