@@ -44,6 +44,8 @@ def test_example(
     assert int(found[1]) > 0
     relevance = {line.split()[-1]: float(line.split()[0]) for line in passages}
     assert len(passages) == 2
-    assert relevance["aare"] == max(relevance.values()) > 0.5
+    assert relevance["aare"] == max(relevance.values())
     asked = {"query": "When was the bridge opened?", "passages": [BRIDGE, BREAD], "max_new_tokens": 32}
-    assert answer == demo.post("/answer", json=asked).json()["answer"]
+    direct = demo.post("/answer", json=asked).json()
+    assert direct["answerable"]["answerable"] is True
+    assert answer == direct["answer"]
