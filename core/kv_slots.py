@@ -27,13 +27,29 @@ class Prefix:
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
-class KVSlots:
+class PassCache:
+    """What transformers asks of a `Cache` besides `update`, of passes that bring their own positions and masks."""
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions before the first: none."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As `get_seq_length`."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that a pass without a mask attends to: its own."""
+        return query_length, 0
+
+
+class KVSlots(PassCache):
     """Per layer, keys and values `(slots, kv_heads, capacity, head_dim)`; transformers' attention calls `update`.
 
     slots, capacity  allocated so far; `reserve` grows them, up to `max_slots` and `max_capacity`
     """
-
-    is_compileable = False
 
     def __init__(self, layers: int, max_slots: int, max_capacity: int) -> None:
         self.slots = 0
@@ -108,18 +124,6 @@ class KVSlots:
         for tensor, prefix in zip(stored, self._prefix.layers[layer_idx], strict=True):
             tensor[rows, :, :shared] = prefix
         return stored[0][rows, :, :end], stored[1][rows, :, :end]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions before a prefill's first: none. Decode steps bring their own positions and masks."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """As `get_seq_length`."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys a prefill attends to: its own."""
-        return query_length, 0
 
     def _store(self, tensors: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
         tensor = tensors[layer]

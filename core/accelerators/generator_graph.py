@@ -18,7 +18,7 @@ from core.accelerators.buckets import Bucket
 from core.accelerators.graph import MASKED, NOT_COMPUTED
 from core.errors import ConfigError
 from core.generator import Generator
-from core.kv_slots import AttentionMasks
+from core.kv_slots import AttentionMasks, PassCache
 
 VARYING_ROPE = {"dynamic", "longrope"}  # kinds of rotary embeddings whose frequencies depend on the positions there are
 
@@ -83,15 +83,13 @@ class DecodeGraph(GeneratorGraph):
         return (self.head(hidden[:, 0]), *cache.tensors)
 
 
-class ExplicitCache:
+class ExplicitCache(PassCache):
     """Keys and values of one pass, in the shape of transformers' `Cache`; nothing is written in place.
 
     given    of a decode step: what the slots hold; empty for a prefill
     written  (S, 1, C, 1) bool of a decode step: where the new token goes
     tensors  what the pass leaves: keys and values of each layer in turn
     """
-
-    is_compileable = False
 
     def __init__(self, given: tuple[Tensor, ...] = (), written: Tensor | None = None) -> None:
         self._given = given
@@ -106,18 +104,6 @@ class ExplicitCache:
             values = torch.where(self._written, values, self._given[2 * layer_idx + 1])
         self.tensors += [keys, values]
         return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """None before the first: passes bring their own positions and masks."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """As `get_seq_length`."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys: not asked for where the mask is given."""
-        return query_length, 0
 
 
 def empty_cache(generator: Generator, bucket: Bucket) -> list[Tensor]:

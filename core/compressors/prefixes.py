@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from core.kv_slots import PassCache
+
 NOWHERE = 2**31  # position of a key that is padding: behind every query
 
 
@@ -37,13 +39,11 @@ class Prefix:
         return self.keys_values.nbytes + (0 if self.hidden is None else self.hidden.nbytes)
 
 
-class Recorder:
+class Recorder(PassCache):
     """In the place of transformers' `Cache` in a pass over whole rows: keeps what every layer makes.
 
     layers  (keys, values), each `(B, kv_heads, T, head_dim)`, in the order of the layers
     """
-
-    is_compileable = False
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
@@ -52,18 +52,6 @@ class Recorder:
         """Called by each layer; it attends to its own."""
         self.layers.append((keys, values))
         return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions before the first: none."""
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """As `get_seq_length`."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that are attended to."""
-        return query_length, 0
 
     def prefix(self, row: int, length: int, hidden: Tensor | None, device: torch.device) -> Prefix:
         """A copy of the first `length` positions of one row on `device`; `hidden` (B, T, width) of the same pass."""
