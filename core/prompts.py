@@ -99,11 +99,15 @@ class PromptTemplate:
                 ids += repeat(MEMORY_ID, block)
             else:
                 ids += block
-        ids += self._question + encode(self.tokenizer, query).ids + self._tail
+        ids += self.question_ids(query)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         for start, end in spans:
             mask[start:end] = True
         return Layout(torch.tensor(ids, dtype=torch.int64), mask)
+
+    def question_ids(self, query: str) -> list[int]:
+        """What follows the passages: the question, and all up to where the answer begins."""
+        return self._question + encode(self.tokenizer, query).ids + self._tail
 
     def frame(self, query: str, passages: int) -> list[int]:
         """Tokens of a prompt around its passages, by how many there are: from none to `passages`."""

@@ -6,7 +6,7 @@ Knows tokenizers and chunks; runs no model.
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.config import Mode
 from core.model import Model
@@ -14,9 +14,23 @@ from core.pipeline import PreparedRequest, prepare, rows_of
 from core.rows import ChunkRow
 from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
+from training.examples import POSITIVE_RELEVANCE
 from training.teacher_logits import TeacherLogits, TokenTargets
 
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the generator is to answer.
+
+    answer_ids  target tokens with the end of turn
+    teacher     what the teacher held likely at each target token; None where nothing is stored for it
+    """
+
+    query: str
+    answer_ids: list[int]
+    teacher: TokenTargets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,7 @@ class TrainExample:
     relevance   one target a passage; None where the row does not say
     hits        for each chunk, the generator tokens (indices in the chunk) at which a pointer is right
     teacher     what the teacher held likely at each target token; None where nothing is stored for it
+    others      further questions on the same passages as text
     """
 
     request: PreparedRequest
@@ -36,6 +51,13 @@ class TrainExample:
     relevance: list[float] | None
     hits: list[list[int]]
     teacher: TokenTargets | None = None
+    others: list[Question] = field(default_factory=list)
+
+    @property
+    def questions(self) -> list[Question]:
+        """All that the generator answers here; none where it does not see this example."""
+        own = [Question(self.request.query, self.answer_ids, self.teacher)] if self.answer_ids else []
+        return own + self.others
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -62,9 +84,18 @@ def row_length(row: Row, passages: int) -> int:
 
 
 def make_example(
-    model: Model, row: Row, data: DataConfig, loss: LossConfig, key: str, logits: TeacherLogits | None = None
+    model: Model,
+    row: Row,
+    data: DataConfig,
+    loss: LossConfig,
+    key: str,
+    logits: TeacherLogits | None = None,
+    siblings: Sequence[Row] = (),
 ) -> TrainExample:
-    """Sample passages, mode and rate with randomness that `key` determines, and tokenise."""
+    """Sample passages, mode and rate with randomness that `key` determines, and tokenise.
+
+    `siblings`: other rows with the same relevant passages; some share a text prompt with this (`data.text_questions`).
+    """
     rng = random.Random(key)
     passages, empty = sample_passages(row, data, rng)
     mode = rng.choices(list(data.modes), weights=list(data.modes.values()))[0]
@@ -74,16 +105,34 @@ def make_example(
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
     answers = [*row.answers, *([row.teacher_answer] if row.teacher_answer else [])]
-    answer_ids = [] if empty else target_ids(model, row, data.answer_tokens)
+    own = None if empty else make_question(model, row, data, logits)
+    sharing = [] if mode != "text" or own is None else rng.sample(siblings, min(data.text_questions - 1, len(siblings)))
     return TrainExample(
         request=request,
         rows=rows_of(model, request, rate),
         mode=mode,
-        answer_ids=answer_ids,
+        answer_ids=own.answer_ids if own else [],
         relevance=known if len(known) == len(passages) else None,
         hits=find_hits(model, request, passages, answers) if loss.alignment > 0 else [],
-        teacher=teacher_targets(logits, row.id, answer_ids) if logits is not None and answer_ids else None,
+        teacher=own.teacher if own else None,
+        others=[make_question(model, sibling, data, logits) for sibling in sharing],
     )
+
+
+def make_question(model: Model, row: Row, data: DataConfig, logits: TeacherLogits | None) -> Question:
+    """The question of `row`, its target answer, and the teacher's logits where there are any."""
+    answer_ids = target_ids(model, row, data.answer_tokens)
+    teacher = teacher_targets(logits, row.id, answer_ids) if logits is not None and answer_ids else None
+    return Question(row.query, answer_ids, teacher)
+
+
+def find_siblings(rows: Sequence[Row]) -> list[list[int]]:
+    """For each row, the others that have exactly the same relevant passages; none for a row without any."""
+    keys = [frozenset(p.content for p in row.passages if (p.relevance or 0) >= POSITIVE_RELEVANCE) for row in rows]
+    same: dict[frozenset[str], list[int]] = {}
+    for index, key in enumerate(keys):
+        same.setdefault(key, []).append(index)
+    return [[other for other in same[key] if key and other != index] for index, key in enumerate(keys)]
 
 
 def target_ids(model: Model, row: Row, most: int) -> list[int]:
@@ -155,7 +204,7 @@ def example_tokens(model: Model, example: TrainExample) -> int:
     memory = sum(row.memory_tokens for row in example.rows)
     text = sum(len(row.chunk.generator_ids) for row in example.rows)
     shown = {"compressed": memory, "text": text, "hybrid": memory + text // len(example.request.passages)}
-    return rows + shown[example.mode] + len(example.answer_ids)
+    return rows + shown[example.mode] + sum(len(question.answer_ids) for question in example.questions)
 
 
 def micro_batches(model: Model, examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:

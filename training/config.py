@@ -25,6 +25,8 @@ class DataConfig:
     logits            folder of the teacher's logits, as `training label --logits` writes them; for loss.kl
     passages          passages an example gets: all relevant ones first, then others, shuffled; 0: all of the row
     text_passages     how many of these an example in `text` mode keeps, whose prompts cost several times as much
+    text_questions    most questions that share the passages of one text prompt: rows with the same relevant passages
+                      are answered side by side, none seeing another, at little more than the cost of one
     empty_share       share of examples whose relevant passages are taken away: they train relevance only
     answer_tokens     longer target answers are cut
     prompt_tokens     examples with a longer generator prompt are skipped and counted
@@ -39,6 +41,7 @@ class DataConfig:
     logits: str = ""
     passages: Annotated[int, Field(ge=0)] = 5
     text_passages: Positive | None = None
+    text_questions: Positive = 1
     empty_share: Share = 0.0
     answer_tokens: Positive = 128
     prompt_tokens: Positive = 2048

@@ -9,9 +9,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from core.model import Model
 from core.rows import collate_rows, plan_batches
-from training.batches import TrainExample
+from training.batches import Question, TrainExample
 from training.config import LossConfig
 from training.losses import alignment_loss, answer_loss, kl_loss, relevance_loss
+from training.packing import Packed, pack, packed_mask
 
 
 @dataclass
@@ -128,59 +129,61 @@ class Objective(nn.Module):
         parts: Parts,
     ) -> None:
         """Splice, run the generator once over prompts and answers, and add the loss on answer tokens only."""
-        ids, masks, memories, starts, answered = [], [], [], [], []
+        sequences, memories, questions = [], [], []
         first = 0
         for index, example in enumerate(examples):
             memory = compressed.memory[first : first + len(example.rows)] if compressed else []
             first += len(example.rows)
-            if not example.answer_ids:
+            if not example.questions:
                 continue
-            layout_ids, layout_mask, used = lay_out(self.model, example, memory, scores[index] if scores else None)
-            answer = torch.tensor(example.answer_ids)
-            answered.append(example)
-            starts.append(len(layout_ids))
-            ids.append(torch.cat([layout_ids, answer]))
-            masks.append(torch.cat([layout_mask, torch.zeros(len(answer), dtype=torch.bool)]))
+            prefix, shown, used = lay_out(self.model, example, memory, scores[index] if scores else None)
+            own = example.questions
+            tails = [self.model.template.question_ids(question.query) for question in own]
+            sequences.append(pack(prefix, shown, [(t, q.answer_ids) for t, q in zip(tails, own, strict=True)]))
+            questions += own
             memories += used
-        if not answered:
+        if not sequences:
             return
-        hidden = self._run_generator(ids, masks, memories, parts)  # (B, T, d)
-        # The token at position p is predicted from the hidden state at p - 1.
-        places = [
-            (row, start - 1 + offset)
-            for row, (start, example) in enumerate(zip(starts, answered, strict=True))
-            for offset in range(len(example.answer_ids))
-        ]
-        rows, positions = torch.tensor(places, device=hidden.device).unbind(1)  # (n,) each
-        logits = self.generator.next_logits(hidden[rows, positions])  # (n, V)
-        targets = torch.tensor([token for example in answered for token in example.answer_ids], device=logits.device)
+        hidden = self._run_generator(sequences, memories, parts)  # (B, T, d)
+        rows = torch.cat([torch.full_like(one.predictors, row) for row, one in enumerate(sequences)])  # (n,)
+        places = torch.cat([one.predictors for one in sequences])  # (n,)
+        logits = self.generator.next_logits(hidden[rows.to(hidden.device), places.to(hidden.device)])  # (n, V)
+        targets = torch.tensor([token for question in questions for token in question.answer_ids], device=logits.device)
         if self.loss.answer > 0:
             add(parts, "answer", answer_loss(logits, targets), len(targets))
         if self.loss.kl > 0:
-            self._add_kl(logits, answered, parts)
+            self._add_kl(logits, questions, parts)
 
-    def _add_kl(self, logits: Tensor, answered: Sequence[TrainExample], parts: Parts) -> None:
+    def _add_kl(self, logits: Tensor, questions: Sequence[Question], parts: Parts) -> None:
         """Divergence from the teacher at the answer tokens that it has logits for: logits (n, V) of all of them."""
         first = 0
-        for example in answered:
-            own = logits[first : first + len(example.answer_ids)]  # (t, V)
-            first += len(example.answer_ids)
-            if example.teacher is not None:
-                ids, logprobs = example.teacher.top_ids.to(own.device), example.teacher.top_logprobs.to(own.device)
+        for question in questions:
+            own = logits[first : first + len(question.answer_ids)]  # (t, V)
+            first += len(question.answer_ids)
+            if question.teacher is not None:
+                ids, logprobs = question.teacher.top_ids.to(own.device), question.teacher.top_logprobs.to(own.device)
                 add(parts, "kl", kl_loss(own, ids, logprobs, self.loss.kl_temperature), len(own))
 
-    def _run_generator(self, ids: list[Tensor], masks: list[Tensor], memories: list[Tensor], parts: Parts) -> Tensor:
+    def _run_generator(self, sequences: Sequence[Packed], memories: list[Tensor], parts: Parts) -> Tensor:
+        """Hidden states (B, T, d) of `sequences`, padded on the right."""
         device = self.generator.device
-        lengths = [len(row) for row in ids]
-        padded_ids = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
-        memory_mask = pad_sequence(masks, batch_first=True).to(device)
+        ids = pad_sequence([one.ids for one in sequences], batch_first=True).to(device)  # (B, T)
+        memory_mask = pad_sequence([one.memory_mask for one in sequences], batch_first=True).to(device)
         memory = torch.cat(memories) if memories else torch.zeros(0, self.generator.hidden_size, device=device)
-        embeddings = self.generator.splice(padded_ids, memory_mask, memory)  # (B, T, d)
-        real = torch.arange(padded_ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)  # (B, T)
-        parts.real += sum(lengths)
+        embeddings = self.generator.splice(ids, memory_mask, memory)  # (B, T, d)
+        lengths = torch.tensor([len(one.ids) for one in sequences])
+        real = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)  # (B, T)
+        parts.real += int(lengths.sum())
         parts.padded += real.numel()
-        mask = None if bool(real.all()) else real.long().to(device)
-        output = self.generator.model.base_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+        positions = None
+        if any(one.segments[-1] > 1 for one in sequences):
+            positions = pad_sequence([one.positions for one in sequences], batch_first=True).to(device)
+            mask: Tensor | None = packed_mask(sequences, embeddings.dtype).to(device)
+        else:
+            mask = None if bool(real.all()) else real.long().to(device)
+        output = self.generator.model.base_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -206,7 +209,7 @@ def passage_scores(examples: Sequence[TrainExample], scores: Tensor) -> list[Ten
 def lay_out(
     model: Model, example: TrainExample, memory: Sequence[Tensor], scores: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The prompt of one example: ids (T,), memory mask (T,), and the memory embeddings in prompt order."""
+    """One example's prompt before its question: ids (P,), memory mask (P,), memory embeddings in prompt order."""
     count = len(example.request.passages)
     by_score = list(range(count))
     if scores is not None:
@@ -226,4 +229,5 @@ def lay_out(
             blocks.append(sum(example.rows[place].memory_tokens for place in mine))
             used += [memory[place] for place in mine]
     layout = model.template.layout(example.request.query, blocks)
-    return layout.ids, layout.memory_mask, used
+    end = len(layout.ids) - len(model.template.question_ids(example.request.query))
+    return layout.ids[:end], layout.memory_mask[:end], used

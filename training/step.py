@@ -26,8 +26,9 @@ def count_targets(examples: Iterable[TrainExample]) -> dict[str, float]:
     """What each part of the loss is a mean over: answer tokens, those with logits, passages, rows with the answer."""
     counts = dict.fromkeys(("answer", "kl", "relevance", "alignment"), 0.0)
     for example in examples:
-        counts["answer"] += len(example.answer_ids)
-        counts["kl"] += len(example.answer_ids) if example.teacher else 0
+        for question in example.questions:
+            counts["answer"] += len(question.answer_ids)
+            counts["kl"] += len(question.answer_ids) if question.teacher else 0
         counts["relevance"] += len(example.relevance or [])
         counts["alignment"] += sum(map(bool, example.hits))
     return counts

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from core.errors import ConfigError, InputError
 from core.model import Model
 from training.arguments import check_file
-from training.batches import TrainExample, make_example, row_length
+from training.batches import TrainExample, find_siblings, make_example, row_length
 from training.config import TrainConfig
 from training.data_format import Row, read_rows
 from training.data_quality import ReadPolicy
@@ -44,8 +44,11 @@ def question_task(config: TrainConfig) -> Task:
     dev_rows = load_rows(config, "data.dev", config.data.dev)[: config.data.dev_questions or None]
     logits = TeacherLogits(Path(config.data.logits)) if config.loss.kl > 0 else None
 
+    siblings = find_siblings(rows) if config.data.text_questions > 1 else [[]] * len(rows)
+
     def example(model: Model, index: int, key: str) -> TrainExample | None:
-        made = make_example(model, rows[index], config.data, config.loss, f"{key}/{rows[index].id}", logits)
+        row, sharing = rows[index], [rows[other] for other in siblings[index]]
+        made = make_example(model, row, config.data, config.loss, f"{key}/{row.id}", logits, sharing)
         return None if over_prompt_limit(made, config.data.prompt_tokens) else made
 
     def check(model: Model) -> None:

@@ -1,0 +1,130 @@
+"""Questions that share a text prompt: losses and gradients as if each were alone, and no question sees another."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.config import Mode
+from tests.tiny_training import make_config, make_objective, make_rows
+from training.batches import TrainExample, find_siblings, make_example
+from training.config import TrainConfig
+from training.data_format import Row
+from training.objective import Objective
+from training.packing import pack, packed_mask
+from training.runtime import AccelerateRuntime
+from training.step import train_step
+
+
+def sharing_rows() -> list[Row]:
+    """Two passages that three and two questions are about, and one that only one is."""
+    bases = make_rows(3)
+    extra = [
+        replace(bases[0], id="a1", query="Which town holds it?", answers=("Warsaw",)),
+        replace(bases[0], id="a2", query="What kind of thing is number 0, in one word?", answers=("a train",)),
+        replace(bases[1], id="b1", query="In which country does it rest tonight?", answers=("Germany, it says",)),
+    ]
+    return [*bases, *extra]
+
+
+def text_config(generator: Path, questions: int) -> TrainConfig:
+    data = {"passages": 2, "modes": {"text": 1.0}, "text_questions": questions}
+    return make_config(generator, loss={"relevance": 0.0}, data=data)
+
+
+def test_siblings_are_the_rows_with_the_same_relevant_passages() -> None:
+    rows = sharing_rows()
+    assert find_siblings(rows) == [[3, 4], [5], [], [0, 4], [0, 3], [1]]
+    unjudged = [replace(row, passages=tuple(replace(p, relevance=None) for p in row.passages)) for row in rows]
+    assert find_siblings(unjudged) == [[]] * 6
+
+
+def test_a_text_example_takes_as_many_siblings_as_allowed(tiny_llama: Path) -> None:
+    rows = sharing_rows()
+    objective, _ = make_objective(text_config(tiny_llama, 2))
+
+    def queries(questions: int, mode: Mode, key: str = "k") -> list[str]:
+        config = text_config(tiny_llama, questions)
+        data = replace(config.data, modes={mode: 1.0})
+        made = make_example(objective.model, rows[0], data, config.loss, key, siblings=[rows[3], rows[4]])
+        return [question.query for question in made.questions]
+
+    assert queries(1, "text") == [rows[0].query]
+    assert {tuple(queries(2, "text", str(key))) for key in range(20)} == {
+        (rows[0].query, rows[3].query),
+        (rows[0].query, rows[4].query),
+    }
+    assert sorted(queries(9, "text")) == sorted(rows[index].query for index in (0, 3, 4))
+    assert queries(9, "hybrid") == queries(9, "compressed") == [rows[0].query]
+
+
+def test_an_example_without_its_relevant_passages_has_no_questions(tiny_llama: Path) -> None:
+    config = text_config(tiny_llama, 3)
+    objective, _ = make_objective(config)
+    data = replace(config.data, empty_share=1.0)
+    rows = sharing_rows()
+    assert make_example(objective.model, rows[0], data, config.loss, "k", siblings=rows[3:5]).questions == []
+
+
+def gradients(
+    objective: Objective, parameters: Sequence[nn.Parameter], examples: list[TrainExample], config: TrainConfig
+) -> tuple[list[Tensor | None], dict[str, float]]:
+    for parameter in parameters:
+        parameter.grad = None
+    sums = train_step(objective, examples, config, AccelerateRuntime())
+    return [parameter.grad for parameter in parameters], sums
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+def test_sharing_a_prompt_changes_neither_losses_nor_gradients(tiny_llama: Path, matrix: bool) -> None:
+    config = text_config(tiny_llama, 9)
+    objective, parameters = make_objective(config)
+    if not matrix:
+        objective.generator.model.set_attn_implementation("sdpa")
+    rows, siblings = sharing_rows(), find_siblings(sharing_rows())
+    shared = [
+        make_example(objective.model, rows[i], config.data, config.loss, f"k{i}", None, [rows[j] for j in siblings[i]])
+        for i in range(3)
+    ]
+    assert [len(example.questions) for example in shared] == [3, 2, 1]
+    alone = [
+        replace(
+            example,
+            others=[],
+            answer_ids=question.answer_ids,
+            request=replace(example.request, query=question.query),
+        )
+        for example in shared
+        for question in example.questions
+    ]
+    (one, one_sums), (other, other_sums) = (gradients(objective, parameters, made, config) for made in (shared, alone))
+    assert one_sums["count_answer"] == other_sums["count_answer"]
+    assert one_sums["sum_answer"] == pytest.approx(other_sums["sum_answer"], rel=1e-4)
+    assert one_sums["real"] < other_sums["real"]
+    compared = 0
+    for a, b in zip(one, other, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert torch.allclose(a, b, atol=2e-5, rtol=1e-3)
+            compared += bool(a.any())
+    assert compared > 4
+
+
+def test_a_packed_sequence_by_hand() -> None:
+    prefix, shown = torch.tensor([5, 6, 7]), torch.tensor([False, True, False])
+    packed = pack(prefix, shown, [([10, 11], [12, 13]), ([20], [21])])
+    assert packed.ids.tolist() == [5, 6, 7, 10, 11, 12, 13, 20, 21]
+    assert packed.memory_mask.tolist() == [False, True] + [False] * 7
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4]
+    assert packed.predictors.tolist() == [4, 5, 7]
+    short = pack(prefix[:1], shown[:1], [([10], [11])])
+    mask = packed_mask([packed, short], torch.float32)
+    assert mask.shape == (2, 1, 9, 9)
+    looks = (mask == 0).squeeze(1)
+    assert looks[0, 8].nonzero().flatten().tolist() == [0, 1, 2, 7, 8]
+    assert looks[0, 5].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert looks[1, 2].nonzero().flatten().tolist() == [0, 1, 2]
+    assert looks[1, 8].any()  # padding: never read, but a row of nothing would be not a number
