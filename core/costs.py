@@ -4,6 +4,7 @@ Operations are counted while the work runs on its ordinary kernels, the fused at
 PyTorch's own counter passes over.
 """
 
+import math
 import resource
 import statistics
 import sys
@@ -77,16 +78,27 @@ def flop_stages() -> Iterator[Stages]:
 
     Attention counts as the whole square of positions, causal or not, as in PyTorch's `FlopCounterMode`.
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) as counter:
+    fused: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    if torch.backends.mkldnn.is_available():
+        fused[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         stages = Stages(counter.get_total_flops)
         yield stages
         stages.end()
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the fused kernel, from the shapes `(B, heads, T, head_dim)` that the counter puts in the tensors' place."""
-    return int(sdpa_flop_count(query, key, value))
+    """Of the fused kernel, from the shapes `(B, heads, T, head_dim)` that the counter puts in the tensors' place.
+
+    Heads that share keys cost as much as if each had its own.
+    """
+    batch, heads = query[:2]
+    return int(sdpa_flop_count(query, (batch, heads, *key[2:]), (batch, heads, *value[2:])))
+
+
+def _linear_flops(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of a packed layer, inputs `(..., in)` and weight `(out, in)`."""
+    return 2 * math.prod(inputs) * int(weight[0])
 
 
 def reset_peak_memory(device: torch.device) -> None:

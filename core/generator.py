@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from core.attention import GROUPED
 from core.base_models import BaseModel, first_line
 from core.config import LoraConfig
 from core.errors import BaseModelError, CheckpointError
@@ -106,7 +107,7 @@ def load_generator(
         model = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=GROUPED,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

@@ -165,9 +165,10 @@ class AttentionMasks:
     def prefill(self, first: int, length: int, device: torch.device) -> Tensor | dict[str, Tensor] | None:
         """Of positions [first, length) of a right-padded batch, `(1, 1, length - first, length)`.
 
-        None where plain causal attention will do. It never looks right, so padding needs no mask.
+        None where `core.attention` needs none: causal, all of [0, first) before the first query. It never looks right,
+        so padding needs no mask.
         """
-        if first == 0 and (self._window is None or length <= self._window):
+        if self._window is None or length <= self._window:
             return None
         positions = torch.arange(first, length, device=device)
         return self.between(positions[None], torch.arange(length, device=device)[None])

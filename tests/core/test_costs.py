@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from core.attention import GROUPED
 from core.costs import Stages, current_memory, flop_stages, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
@@ -23,14 +25,16 @@ def test_stages_add_up_and_entering_the_running_one_changes_nothing() -> None:
     assert stages.total == 5.5
 
 
-def test_operations_on_the_fused_kernel_equal_those_on_the_plain_one(tiny_llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa")
+@pytest.mark.parametrize("attention", ["sdpa", GROUPED])
+def test_operations_on_the_fused_kernel_equal_those_on_the_plain_one(tiny_llama: Path, attention: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation=attention)
     ids = torch.arange(20, 60).view(2, 20)
     with torch.inference_mode(), flop_stages() as stages:
         stages.enter("first")
         model(ids)
         stages.enter("second")
         model(ids[:1])
+    model.set_attn_implementation("sdpa")
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as plain:
         model(ids)
     assert stages.values["first"] == plain.get_total_flops() > 0

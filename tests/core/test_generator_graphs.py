@@ -20,6 +20,7 @@ from core.accelerators.generator_graph import (
     prefill_example,
 )
 from core.accelerators.generator_passes import GraphPasses
+from core.attention import GROUPED
 from core.base_models import BaseModel
 from core.config import PromptConfig
 from core.decoding import DecodeBatch, generate
@@ -172,7 +173,7 @@ def test_the_graphs_share_the_generators_weights_and_hold_no_table(llama: Genera
     state = GeneratorGraph(llama).state_dict()
     assert {value.data_ptr() for value in state.values()} <= own
     assert not [name for name in state if "embed" in name]
-    assert llama.model.config._attn_implementation == "sdpa"
+    assert llama.model.config._attn_implementation == GROUPED
     assert len(empty_cache(llama, Bucket(1, 16))) == 8
 
 
