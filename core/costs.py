@@ -98,7 +98,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 def _linear_flops(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Of a packed layer, inputs `(..., in)` and weight `(out, in)`."""
-    return 2 * math.prod(inputs) * int(weight[0])
+    return 2 * int(math.prod(inputs)) * int(weight[0])
 
 
 def reset_peak_memory(device: torch.device) -> None:
