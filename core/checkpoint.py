@@ -40,6 +40,12 @@ from core.tensor_files import check_tensors, read_into, read_tensors, shapes_of,
 COMPRESSOR, ENCODER, ADAPTER, MERGED = "compressor.safetensors", "compressor_base", "generator.safetensors", "generator"
 
 
+def check_new(folder: Path) -> None:
+    """Raises CheckpointError where something stands at `folder`."""
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder}: exists already, and checkpoints are never changed")
+
+
 def save_checkpoint(
     model: Model,
     folder: Path,
@@ -62,8 +68,7 @@ def save_checkpoint(
     The golden example is recorded in float32 on the CPU from the written files, so the base model is loaded again.
     Raises CheckpointError: the folder exists, the disk is full, adapter and config do not belong together.
     """
-    if os.path.lexists(folder):
-        raise CheckpointError(f"{folder}: exists already, and checkpoints are never changed")
+    check_new(folder)
     if (model.config.generator.lora is None) != (adapter is None):
         raise CheckpointError("generator.lora: an adapter's tensors and its settings go together; one is missing")
     dtype_name(dtype)  # refused before anything is written

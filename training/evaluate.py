@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranking-passages", type=whole(0), default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
     parser.add_argument("--batch-size", type=whole(1), default=16, help="questions answered side by side")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=64, help="of an answer (default 64)")
+    parser.add_argument("--max-new-tokens", type=whole(1, 4096), default=64, help="of an answer (default 64)")
     parser.add_argument(
         "--cost-questions", type=whole(0), default=4, help="questions to count operations and memory of"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.checkpoint import load_checkpoint, read_adapter, save_checkpoint
+from core.checkpoint import check_new, load_checkpoint, read_adapter, save_checkpoint
 from core.config import Config
 from core.errors import CheckpointError
 from core.generator import adapter_shapes
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, save, and load as the service would. Raises ScaledownError for what the user can mend."""
+    check_new(args.out)  # `save_checkpoint` would say so too, but after the source has been read
     check_graph_arguments(args)
     dtype = DTYPES[args.dtype]
     add = graph_writer(args, dtype)

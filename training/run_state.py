@@ -142,10 +142,10 @@ def placed_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def start_from(model: Model, folder: Path) -> None:
+def start_from(model: Model, folder: Path, *, adapter: bool = True) -> None:
     """Begin from the weights of another run's `best/` or `last/`, or of an exported checkpoint.
 
-    A generator adapter is taken where the folder has one. Raises CheckpointError where shapes differ, and for a merged
+    `adapter`: a generator adapter is taken too, where the folder has one. Raises CheckpointError where shapes differ, and for a merged
     checkpoint, whose adapter is no longer apart.
     """
     if (folder / "generator").exists():
@@ -155,8 +155,8 @@ def start_from(model: Model, folder: Path) -> None:
         model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
-    if model.config.generator.lora is not None and (file := adapter_file(folder)):
-        load_adapter(model.generator.model, load_file(file))
+    if adapter and model.config.generator.lora is not None and (file := adapter_file(folder)):
+        _load_adapter(model, file, "start")
 
 
 def start_adapter_from(model: Model, folder: Path) -> None:
@@ -166,10 +166,14 @@ def start_adapter_from(model: Model, folder: Path) -> None:
     file = adapter_file(folder)
     if file is None:
         raise CheckpointError(f"start_adapter: {folder} has no adapter")
+    _load_adapter(model, file, "start_adapter")
+
+
+def _load_adapter(model: Model, file: Path, key: str) -> None:
     try:
         load_adapter(model.generator.model, load_file(file))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"start_adapter: {folder} cannot be read: {error}") from None
+        raise CheckpointError(f"{key}: {file} cannot be read: {error}") from None
 
 
 def adapter_file(folder: Path) -> Path | None:

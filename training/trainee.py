@@ -34,7 +34,7 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
     wanted, seed = config.model.generator.lora, config.loop.seed
     lora = add_lora(model.generator.model, wanted, seed) if wanted else []
     if config.start:
-        start_from(model, Path(config.start))
+        start_from(model, Path(config.start), adapter=not config.start_adapter)
     if config.start_adapter:
         start_adapter_from(model, Path(config.start_adapter))
     groups = _parameter_groups(model, lora, config)
