@@ -145,8 +145,8 @@ def placed_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
 def start_from(model: Model, folder: Path, *, adapter: bool = True) -> None:
     """Begin from the weights of another run's `best/` or `last/`, or of an exported checkpoint.
 
-    `adapter`: a generator adapter is taken too, where the folder has one. Raises CheckpointError where shapes differ, and for a merged
-    checkpoint, whose adapter is no longer apart.
+    `adapter`: a generator adapter is taken too, where the folder has one. Raises CheckpointError where shapes differ,
+    and for a merged checkpoint, whose adapter is no longer apart.
     """
     if (folder / "generator").exists():
         raise CheckpointError(f"start: {folder} has its adapter merged into the generator; begin from one that has not")

@@ -1,8 +1,10 @@
 """The Kubernetes manifests: what they promise about settings, shutdown, probes, isolation and scaling. No cluster."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -43,6 +45,35 @@ def test_kubernetes_sets_no_variables_of_ours() -> None:
 def test_every_manifest_is_listed() -> None:
     files = {path.name for path in (FOLDER / "base").glob("*.yaml")}
     assert files == {*MANIFESTS, "kustomization.yaml"}
+
+
+def gpu_deployment() -> dict[str, Any]:
+    """The Deployment with the GPU's patches, each of which replaces one value."""
+    deployment = copy.deepcopy(MANIFESTS["deployment.yaml"])
+    for step in (step for one in GPU["patches"] for step in yaml.safe_load(one["patch"])):
+        *parents, last = step["path"].strip("/").split("/")
+        place: Any = deployment
+        for key in parents:
+            place = place[int(key) if isinstance(place, list) else key]
+        assert step["op"] == "replace"
+        assert last in place
+        place[last] = step["value"]
+    return deployment
+
+
+@pytest.mark.parametrize("release", ["1.30", "1.36"])
+@pytest.mark.parametrize("name", [*MANIFESTS, "gpu"])
+def test_kubernetes_would_accept_it(name: str, release: str) -> None:
+    """By the schemas of a release, strictly: an unknown field is an error."""
+    manifest = gpu_deployment() if name == "gpu" else MANIFESTS[name]
+    kubernetes_validate.validate(manifest, release, strict=True)
+
+
+def test_a_misspelt_field_would_not_be_accepted() -> None:
+    deployment = copy.deepcopy(MANIFESTS["deployment.yaml"])
+    deployment["spec"]["replica"] = 2
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(deployment, "1.36", strict=True)
 
 
 def test_settings_are_real_and_valid() -> None:
