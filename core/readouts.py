@@ -26,6 +26,14 @@ class ReadoutOutput:
     logits: Tensor | None = None
 
 
+def pick(logits: Tensor) -> Tensor:
+    """The likeliest of the last dimension, as zeros and a one; gradients as of the softmax."""
+    soft = logits.softmax(-1)
+    likeliest = soft.argmax(-1, keepdim=True)
+    sharp = (torch.arange(logits.shape[-1], device=logits.device) == likeliest).to(soft.dtype)
+    return sharp + (soft - soft.detach()) if soft.requires_grad else sharp
+
+
 def take(hidden: Tensor, positions: Tensor) -> Tensor:
     """Rows of `hidden` (B, T, d) at `positions` (B, N): (B, N, d)."""
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -68,12 +76,15 @@ class PooledReadout(nn.Module):
 
 
 class PointerReadout(nn.Module):
-    """Soft copies of the chunk's own tokens, plus a residual (after pointer networks, Vinyals et al. 2015).
+    """Copies of the chunk's own tokens, plus a residual (after pointer networks, Vinyals et al. 2015).
 
-    The slots form windows of `window` consecutive ones. The first slot of a window asks where to look: a softmax over
-    the chunk's tokens picks, softly, a start. Slot j of the window is the generator's input embedding of the token
-    j - lead places after the start, in expectation, plus a zero-initialised projection of the slot's hidden state.
-    So memory embeddings lie in the generator's embedding space before any training.
+    The slots form windows of `window` consecutive ones. The first slot of a window asks where to look: the likeliest of
+    the chunk's tokens is its start. Slot j of the window is the generator's input embedding of the token j - lead
+    places after the start, plus a zero-initialised projection of the slot's hidden state. So memory embeddings lie in
+    the generator's embedding space before any training, and a generator that reads text reads them.
+
+    Gradients are those of the expectation over all starts (straight-through, Bengio et al. 2013): in the forward pass
+    the mean of several places is none of them.
     """
 
     def __init__(self, compressor_width: int, generator_width: int, window: int, lead: int) -> None:
@@ -87,7 +98,7 @@ class PointerReadout(nn.Module):
         nn.init.zeros_(self.residual.bias)
 
     def forward(self, hidden: Tensor, batch: RowBatch, embed: Embed) -> ReadoutOutput:
-        """hidden (B, T, d_compressor) -> memory (B, L, d_generator), weights (B, L, G), logits (B, W, G)."""
+        """hidden (B, T, d_compressor) -> memory (B, L, d_generator), weights (B, L, G) of 0 and 1, logits (B, W, G)."""
         slots = take(hidden, batch.memory_positions)  # (B, L, d_compressor)
         queries = self.query(slots[:, :: self.window])  # (B, W, d_compressor)
         keys = self.key(take(hidden, batch.chunk_positions))  # (B, G, d_compressor)
@@ -95,11 +106,28 @@ class PointerReadout(nn.Module):
             # In float32 whatever the rest runs in: a sharp pointer's logits are large and close to each other.
             logits = queries.float() @ keys.float().transpose(1, 2) / keys.shape[-1] ** 0.5  # (B, W, G)
         logits = logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf"))
-        weights = self.spread(logits.softmax(-1))[:, : slots.shape[1]]  # (B, L, G)
+        weights = self.spread(pick(self.apart(logits)))[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
         tokens = embed(batch.generator_ids)  # (B, G, d_generator)
         memory = weights.to(tokens.dtype) @ tokens + self.residual(slots).to(tokens.dtype)
         return ReadoutOutput(memory, weights=weights, logits=logits)
+
+    def apart(self, logits: Tensor) -> Tensor:
+        """Logits (B, W, G) under which no window of a row overlaps the likeliest place of one before it.
+
+        Pointers trained to find the same answer agree; the second is there for where the first is wrong. One that has
+        nowhere left to go stays.
+        """
+        token = torch.arange(logits.shape[-1], device=logits.device)  # (G,)
+        chosen = [logits[:, 0]]
+        taken = torch.zeros_like(chosen[0], dtype=torch.bool)  # (B, G)
+        for following in logits.unbind(1)[1:]:
+            best = chosen[-1].argmax(-1, keepdim=True)  # (B, 1)
+            taken = taken | ((token - best).abs() < self.window)
+            left = following.masked_fill(taken, float("-inf"))
+            somewhere = left.isfinite().any(-1, keepdim=True)  # (B, 1)
+            chosen.append(torch.where(somewhere, left, following))
+        return torch.stack(chosen, dim=1)
 
     def spread(self, starts: Tensor) -> Tensor:
         """Start distributions (B, W, G) -> weights of each window's slots (B, W * window, G): shifted copies."""
