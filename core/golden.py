@@ -21,7 +21,13 @@ PASSAGES = (
     "The bridge over the Aare was opened in 1883 after three years of work. It is 229 metres long.",
     "Bread is made of flour, water, salt and yeast, and the dough has to rest before it is baked.",
     "The Aare rises in the glaciers of the Bernese Alps and is 288 kilometres long.",
+    "The old wooden bridge was torn down in 1881 because it could no longer carry the new trams.",
+    "A tunnel was dug under the river in 1974, and since then few lorries cross the town.",
+    "Tickets for the museum are sold at the station from nine in the morning until five.",
+    "The engineer Maria Weber drew the plans in 1879 and led the work until her death in 1882.",
+    "Steel expands when it is warm, so a bridge of 200 metres is some centimetres longer in summer.",
 )
+PASSAGES_USED = 3
 ANSWER_TOKENS = 16
 
 
@@ -31,7 +37,7 @@ class GoldenExample:
     `compressed` mode."""
 
     query: str = QUERY
-    passages: tuple[str, ...] = PASSAGES
+    passages: Annotated[tuple[str, ...], Field(min_length=1)]
     rate: Positive
     memory_tokens: Positive
     chunks: Positive

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from core.decoding import generate
 from core.errors import CheckpointError, InputError
-from core.golden import ANSWER_TOKENS, PASSAGES, QUERY, Golden, GoldenExample
+from core.golden import ANSWER_TOKENS, PASSAGES, PASSAGES_USED, QUERY, Golden, GoldenExample
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import compress, prepare
+from core.pipeline import compress, prepare, rows_of
 from core.prompts import Block, Prompt
+from core.readouts import PointerReadout
+from core.rows import collate_rows
 from core.sampling import GenerationOptions
 
 GREEDY = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
@@ -40,9 +42,11 @@ class GoldenCheck:
 def record_golden(model: Model) -> Golden:
     """Run the golden example through `model`. Raises CheckpointError where an output is not finite."""
     rate = model.config.compressor.rates[0]
-    memory, scores, prompt = _compress(model, QUERY, PASSAGES, rate)
+    passages = _surest_passages(model, rate)
+    memory, scores, prompt = _compress(model, QUERY, passages, rate)
     completion = generate(model.generator, [prompt], [GREEDY])[0]
     example = GoldenExample(
+        passages=passages,
         rate=rate,
         memory_tokens=len(memory),
         chunks=len(scores),
@@ -84,6 +88,26 @@ def verify_golden(model: Model, golden: Golden, tolerance: float | None = None) 
 def golden_prompt(model: Model, example: GoldenExample) -> Prompt:
     """The example's prompt in `compressed` mode, as `model` makes it. Raises InputError."""
     return _compress(model, example.query, example.passages, example.rate)[2]
+
+
+@torch.inference_mode()
+def _surest_passages(model: Model, rate: int) -> tuple[str, ...]:
+    """The passages of the example: of a pointer's, those of which the likeliest place is furthest from the next.
+
+    A pointer picks one place, so where two are nearly as good, rounding in another number format picks the other.
+    """
+    readout = model.compressor.readout
+    if not isinstance(readout, PointerReadout):
+        return PASSAGES[:PASSAGES_USED]
+    gaps = []
+    for text in PASSAGES:
+        rows = rows_of(model, prepare(model, QUERY, [Passage(text)]), rate)
+        batch = collate_rows(rows, model.compressor.row_format, model.config.compressor.max_memory_tokens)
+        logits = model.compressor(batch.to(model.device), model.generator.embed).logits
+        likeliest = readout.apart(logits).topk(2, dim=-1).values  # (1, W, 2)
+        gaps.append(float((likeliest[..., 0] - likeliest[..., 1]).min()))
+    surest = sorted(range(len(PASSAGES)), key=lambda index: -gaps[index])[:PASSAGES_USED]
+    return tuple(PASSAGES[index] for index in sorted(surest))
 
 
 @torch.inference_mode()

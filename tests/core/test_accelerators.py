@@ -153,6 +153,8 @@ def test_every_input_matters(tiny_llama: Path, tiny_bert: Path) -> None:
 
 
 def _altered(name: str, value: Tensor) -> Tensor:
+    if name == "generator_mask":  # what is left to point at
+        return value & (torch.arange(value.shape[1]) < 2)
     if value.dtype == torch.bool:
         return value & (torch.arange(value.shape[1]) > 3)
     if name == "slots":

@@ -110,6 +110,36 @@ def test_a_sharp_pointer_copies_the_window_from_its_start(lead: int) -> None:
             torch.testing.assert_close(output.memory[row, 4 * index : 4 * index + 4], embed(wanted))
 
 
+def test_pointers_that_agree_read_different_places() -> None:
+    """The second window reads the next best place that the first has not read; logits stay what was asked for."""
+    batch = batch_of(memory=[12, 8], tokens=[20, 6])
+    hidden = pointing_at(batch, [[5, 5, 5], [2, 2]], 4)
+    hidden[0, batch.memory_positions[0, ::4], 14] = 0.5
+    hidden[0, batch.memory_positions[0, ::4], 7] = 0.8  # inside the first window
+    output = sharp_pointer(window=4, lead=0)(hidden, batch, embed)
+    assert output.logits is not None
+    assert output.weights is not None
+    assert output.logits[0].argmax(-1).tolist() == [5, 5, 5]
+    starts = output.weights[0, ::4].argmax(-1).tolist()
+    assert starts[:2] == [5, 14]
+    assert min(abs(starts[2] - start) for start in starts[:2]) >= 4
+    # Row 1: the first window leaves no place in six tokens that does not overlap it.
+    assert output.weights[1, :8:4].argmax(-1).tolist() == [2, 2]
+
+
+def test_a_pointer_reads_one_place_and_learns_from_all() -> None:
+    batch = batch_of([4], [12])
+    readout, hidden = PointerReadout(WIDTH, WIDTH, 4, 1), hidden_for(batch).requires_grad_()
+    output = readout(hidden, batch, embed)
+    assert output.weights is not None
+    assert set(output.weights.flatten().tolist()) == {0.0, 1.0}
+    with torch.inference_mode():
+        assert torch.equal(readout(hidden, batch, embed).memory, output.memory)
+    (output.memory * torch.randn(output.memory.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert readout.query.weight.grad is not None
+    assert readout.query.weight.grad.abs().max() > 1e-6
+
+
 def test_a_window_past_either_end_of_the_chunk_reads_nothing_there() -> None:
     batch = batch_of(memory=[4, 4], tokens=[6, 12])
     output = sharp_pointer(window=4, lead=1)(pointing_at(batch, [[5], [0]], 4), batch, embed)
