@@ -33,7 +33,7 @@ class CompressorConfig:
     n_layers        layers copied; only for `n_layers`
     projection_dim  hidden width of FC-ReLU-FC; only for `encoder`
     readout         `memory`: hidden state of each memory slot (the paper); `pooled`: mean over equal segments of
-                    the chunk; `pointer`: softmax over the chunk's tokens times their generator input embeddings
+                    the chunk; `pointer`: the generator's input embeddings of tokens that a softmax over the chunk picks
     pointer_window  consecutive memory slots that share one softmax: it picks a start, slot j reads j tokens on
     pointer_lead    the window begins this many tokens before the token that is pointed at
     order           `query_first` (the paper) or `document_first` (a causal compressor can cache the chunk)
