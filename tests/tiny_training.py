@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from core.config import parse_config
 from training.batches import TrainExample, make_example
@@ -15,6 +15,7 @@ from training.config import TrainConfig
 from training.data_format import Row, RowPassage, write_rows
 from training.objective import Objective
 from training.runtime import AccelerateRuntime
+from training.step import train_step
 from training.trainee import build_trainee
 
 PLACES = ("Warsaw", "Germany", "Brazil", "Paris", "Norway", "Vietnam", "Rome", "Chicago")
@@ -98,6 +99,16 @@ def make_objective(config: TrainConfig) -> tuple[Objective, list[nn.Parameter]]:
     objective = Objective(model, config.loss, config.loop.row_batch_tokens)
     objective.eval()
     return objective, list(names)
+
+
+def gradients(
+    objective: Objective, parameters: Sequence[nn.Parameter], examples: Sequence[TrainExample], config: TrainConfig
+) -> tuple[list[Tensor | None], dict[str, float]]:
+    """The gradient of each parameter after one batch, and the batch's sums."""
+    for parameter in parameters:
+        parameter.grad = None
+    sums = train_step(objective, examples, config, AccelerateRuntime())
+    return [parameter.grad for parameter in parameters], sums
 
 
 def make_examples(objective: Objective, config: TrainConfig, rows: Sequence[Row]) -> list[TrainExample]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from core.compressors import Compressor
 from core.generator import merge_lora
 from core.model import build_model
-from tests.tiny_training import make_config, make_examples, make_objective, make_rows
+from tests.tiny_training import gradients, make_config, make_examples, make_objective, make_rows
 from training.adapters import adapter_state, compressor_state
-from training.batches import TrainExample
 from training.config import TrainConfig
 from training.objective import Objective, Parts
 from training.runtime import AccelerateRuntime
@@ -22,15 +21,6 @@ from training.teacher_logits import TokenTargets
 from training.trainee import build_trainee
 
 ALL = {"answer": 1.0, "relevance": 0.5, "alignment": 0.3, "relevance_kind": "bce_listwise"}
-
-
-def gradients(
-    objective: Objective, parameters: list[nn.Parameter], examples: list[TrainExample], config: TrainConfig
-) -> tuple[list[Tensor | None], dict[str, float]]:
-    for parameter in parameters:
-        parameter.grad = None
-    sums = train_step(objective, examples, config, AccelerateRuntime())
-    return [parameter.grad for parameter in parameters], sums
 
 
 @pytest.mark.parametrize("order", ["given", "relevance"])

@@ -1,22 +1,17 @@
 """Questions that share a text prompt: losses and gradients as if each were alone, and no question sees another."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from core.config import Mode
-from tests.tiny_training import make_config, make_objective, make_rows
-from training.batches import TrainExample, find_siblings, make_example
+from tests.tiny_training import gradients, make_config, make_objective, make_rows
+from training.batches import find_siblings, make_example
 from training.config import TrainConfig
 from training.data_format import Row
-from training.objective import Objective
 from training.packing import pack, packed_mask
-from training.runtime import AccelerateRuntime
-from training.step import train_step
 
 
 def sharing_rows() -> list[Row]:
@@ -67,15 +62,6 @@ def test_an_example_without_its_relevant_passages_has_no_questions(tiny_llama: P
     data = replace(config.data, empty_share=1.0)
     rows = sharing_rows()
     assert make_example(objective.model, rows[0], data, config.loss, "k", siblings=rows[3:5]).questions == []
-
-
-def gradients(
-    objective: Objective, parameters: Sequence[nn.Parameter], examples: list[TrainExample], config: TrainConfig
-) -> tuple[list[Tensor | None], dict[str, float]]:
-    for parameter in parameters:
-        parameter.grad = None
-    sums = train_step(objective, examples, config, AccelerateRuntime())
-    return [parameter.grad for parameter in parameters], sums
 
 
 @pytest.mark.parametrize("matrix", [False, True])
