@@ -96,15 +96,15 @@ def _surest_passages(model: Model, rate: int) -> tuple[str, ...]:
 
     A pointer picks one place, so where two are nearly as good, rounding in another number format picks the other.
     """
-    readout = model.compressor.readout
-    if not isinstance(readout, PointerReadout):
+    if not isinstance(model.compressor.readout, PointerReadout):
         return PASSAGES[:PASSAGES_USED]
     gaps = []
     for text in PASSAGES:
         rows = rows_of(model, prepare(model, QUERY, [Passage(text)]), rate)
         batch = collate_rows(rows, model.compressor.row_format, model.config.compressor.max_memory_tokens)
         logits = model.compressor(batch.to(model.device), model.generator.embed).logits
-        likeliest = readout.apart(logits).topk(2, dim=-1).values  # (1, W, 2)
+        assert logits is not None  # a pointer's
+        likeliest = logits.topk(2, dim=-1).values  # (1, W, 2)
         gaps.append(float((likeliest[..., 0] - likeliest[..., 1]).min()))
     surest = sorted(range(len(PASSAGES)), key=lambda index: -gaps[index])[:PASSAGES_USED]
     return tuple(PASSAGES[index] for index in sorted(surest))

@@ -19,7 +19,7 @@ Embed = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class ReadoutOutput:
     """memory (B, L, d_generator); weights (B, L, G) float32, what each embedding read of the chunk's generator
-    tokens, or None; logits (B, W, G) float32 of the W pointers, minus infinity at padding, or None."""
+    tokens, or None; logits (B, W, G) float32 of the W pointers, minus infinity where they cannot go, or None."""
 
     memory: Tensor
     weights: Tensor | None = None
@@ -105,8 +105,8 @@ class PointerReadout(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             # In float32 whatever the rest runs in: a sharp pointer's logits are large and close to each other.
             logits = queries.float() @ keys.float().transpose(1, 2) / keys.shape[-1] ** 0.5  # (B, W, G)
-        logits = logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf"))
-        weights = self.spread(pick(self.apart(logits)))[:, : slots.shape[1]]  # (B, L, G)
+        logits = self.apart(logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf")))
+        weights = self.spread(pick(logits))[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
         tokens = embed(batch.generator_ids)  # (B, G, d_generator)
         memory = weights.to(tokens.dtype) @ tokens + self.residual(slots).to(tokens.dtype)

@@ -48,16 +48,21 @@ def relevance_loss(
 def alignment_loss(logits: Tensor, hits: Tensor, exists: Tensor) -> Tensor:
     """Sum over rows of how badly the pointers miss the answer.
 
-    logits (B, W, G) float32, minus infinity at padding; hits (B, G) bool, tokens at which a pointer is right; rows
-    without a hit count nothing; exists (B, W) bool: rows with less memory than the widest of their batch have fewer
-    pointers. Half is the first pointer's own miss, so that the lowest rate finds the answer by
-    itself; half is the chance that all W miss (noisy or), so that further pointers cover what the first leaves.
+    logits (B, W, G) float32, minus infinity where a pointer cannot go: padding, and the windows before it; hits (B, G)
+    bool, tokens at which a pointer is right; rows without a hit count nothing; exists (B, W) bool: rows with less
+    memory than the widest of their batch have fewer pointers. Half is the first pointer's own miss, so that the lowest
+    rate finds the answer by itself; half is the chance that all W miss (noisy or), so that further pointers cover what
+    the first leaves.
     """
     with_hit = hits.any(1)
     if not bool(with_hit.any()):
         return logits.new_zeros(())
     logits, hits, exists = logits[with_hit], hits[with_hit], exists[with_hit]
-    found = logits.masked_fill(~hits.unsqueeze(1), float("-inf")).logsumexp(-1) - logits.logsumexp(-1)  # (B, W) log P
+    right = hits.unsqueeze(1) & logits.isfinite()  # (B, W, G)
+    some = right.any(-1)  # (B, W): a pointer that cannot go where the answer is does not find it
+    # Finite where nothing is right: the log of a sum of nothing has no gradient.
+    reached = logits.masked_fill(~right & some.unsqueeze(-1), float("-inf")).logsumexp(-1)  # (B, W)
+    found = (reached - logits.logsumexp(-1)).masked_fill(~some, float("-inf"))  # (B, W) log P
     first = -found[:, 0]
     if logits.shape[1] == 1:
         return first.sum()
