@@ -7,6 +7,8 @@ weights it reads them at the speed of memory. PyTorch packs weights the same way
 import torch
 from torch import Tensor, nn
 
+from core.generator import Generator
+
 LAYER_ROWS, HEAD_ROWS = 2048, 16  # rows a layout is chosen for: a prompt's tokens, and one token of each sequence
 
 
@@ -34,9 +36,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack_linear_layers(model: nn.Module, head: nn.Module | None = None) -> None:
-    """Put packed layers in place of all linear ones of `model`; `head` is the one that sees few rows at a time."""
-    for parent in list(model.modules()):
+def pack_generator(generator: Generator) -> None:
+    """Put packed layers in place of all linear ones, where that works and pays; it is then for inference only."""
+    if not can_pack(generator.device, generator.dtype):
+        return
+    head = generator.model.get_output_embeddings()
+    for parent in list(generator.model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child, HEAD_ROWS if child is head else LAYER_ROWS))

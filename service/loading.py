@@ -15,7 +15,7 @@ from core.config import Config, GeneratorConfig
 from core.costs import measure_token_costs
 from core.errors import ConfigError
 from core.model import Model, build_model
-from core.packed_linear import can_pack, pack_linear_layers
+from core.packed_linear import pack_generator
 from core.passages import Passage
 from core.policy import TokenCosts
 from core.quantization import quantise
@@ -53,8 +53,8 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
         model = build_model(config, device=settings.device, dtype=dtype)
     if settings.quantize is not None:
         quantise(model)
-    elif settings.accelerator == "eager" and can_pack(model.device, dtype):
-        pack_linear_layers(model.generator.model, model.generator.model.get_output_embeddings())
+    elif settings.accelerator == "eager":
+        pack_generator(model.generator)
     if settings.compressor_token_us is not None and settings.prefill_token_us is not None:
         model.costs = TokenCosts(settings.compressor_token_us / 1e6, settings.prefill_token_us / 1e6)
     if not model.config.trained:

@@ -9,7 +9,7 @@ from torch import nn
 from core.base_models import BaseModel
 from core.costs import flop_stages
 from core.generator import load_generator
-from core.packed_linear import PackedLinear, can_pack, pack_linear_layers
+from core.packed_linear import PackedLinear, can_pack, pack_generator
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_a_packed_layer_computes_the_same(shape: tuple[int, ...], bias: bool) ->
 @needs_bf16
 def test_a_packed_generator_computes_the_same_at_the_same_count(tiny_llama: Path) -> None:
     plain, packed = (load_generator(BaseModel("tiny", tiny_llama, "0"), dtype=BF16) for _ in range(2))
-    pack_linear_layers(packed.model, packed.model.get_output_embeddings())
+    pack_generator(packed)
     assert not any(isinstance(module, nn.Linear) for module in packed.model.modules())
     assert packed.dtype == BF16
     weights = [sum(parameter.nbytes for parameter in each.parameters()) for each in (plain, packed)]
