@@ -49,7 +49,7 @@ test: setup ## set up, then types, lint, format and the whole test suite
 	$(BIN)/python -m pytest
 
 # 7 GB: PyPI's torch 2.9 brings the CUDA libraries and does not load without them.
-test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the compressor's graphs, and training for Trainium
+test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the graphs of both models, and training for Trainium
 	test -x $(VENV)-xla/bin/python || $(PYTHON) -m venv $(VENV)-xla
 	$(VENV)-xla/bin/python -m pip install -qq --requirement requirements/xla-cpu-test.txt
 	USE_TORCH_XLA=false PJRT_DEVICE=CPU $(VENV)-xla/bin/python -m pytest tests/xla tests/training/test_devices.py -k xla

@@ -10,58 +10,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from core import decoding, sampling
-from core.base_models import BaseModel
-from core.config import PromptConfig
 from core.decode_passes import read_prefix
 from core.decoding import Completion, DecodeBatch, Event, generate, stream
 from core.decoding import Sequence as DecodedSequence
 from core.errors import CancelledError, OverloadedError, TooLargeError
-from core.generator import Generator, load_generator
+from core.generator import Generator
 from core.kv_slots import CAPACITY_STEP
-from core.prompts import Block, Prompt, PromptTemplate
+from core.prompts import Prompt
 from core.sampling import GenerationOptions
-from core.tokenization import load_tokenizer
+from tests.tiny_generators import WINDOWED, load_tiny, prompt_of, tiny_generator
 
 ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
 GREEDY = GenerationOptions(max_new_tokens=12)
 SAMPLED = GenerationOptions(max_new_tokens=12, temperature=1.3, top_k=40, top_p=0.95, seed=11)
 
 
-def sliding(folder: Path, **changes: Any) -> Generator:
-    """The model in `folder` with a sliding window of 6 positions, shorter than every prompt here."""
-    model = AutoModelForCausalLM.from_pretrained(folder, sliding_window=6, **changes).eval()
-    return Generator(model, load_tokenizer(folder))
-
-
-@pytest.fixture(scope="module", params=[*ALL, "mistral_sliding", "qwen2_mixed"])
+@pytest.fixture(scope="module", params=[*ALL, *WINDOWED])
 def generator(request: pytest.FixtureRequest) -> Generator:
-    if request.param == "mistral_sliding":
-        return sliding(request.getfixturevalue("tiny_mistral"))
-    if request.param == "qwen2_mixed":  # two layers see everything, two a window
-        kinds = ["full_attention", "sliding_attention"] * 2
-        return sliding(request.getfixturevalue("tiny_qwen2"), use_sliding_window=True, layer_types=kinds)
-    return load_generator(BaseModel("tiny", request.getfixturevalue(request.param), ""))
+    return tiny_generator(request.param, request.getfixturevalue)
 
 
 @pytest.fixture(scope="module")
 def qwen3(tiny_qwen3: Path) -> Generator:
-    return load_generator(BaseModel("tiny", tiny_qwen3, ""))
-
-
-def prompt_of(generator: Generator, seed: int, blocks: int = 2) -> Prompt:
-    """A prompt of random text and memory; its length depends on `seed`."""
-    source = torch.Generator().manual_seed(seed)
-    table = generator.embed(torch.arange(300))
-    mixed = [
-        Block(memory=table[torch.randint(300, (1 + (seed + i) % 4,), generator=source)])
-        if (seed + i) % 2
-        else Block(text_ids=torch.randint(5, 300, (1 + 3 * seed % 17,), generator=source).tolist())
-        for i in range(blocks)
-    ]
-    return PromptTemplate(generator.tokenizer, PromptConfig(system="Be brief.")).build(f"Which {seed}?", mixed)
+    return load_tiny(tiny_qwen3)
 
 
 def alone(generator: Generator, prompt: Prompt, options: GenerationOptions) -> Completion:

@@ -21,58 +21,28 @@ from core.accelerators.generator_graph import (
 )
 from core.accelerators.generator_passes import GraphPasses
 from core.attention import GROUPED
-from core.base_models import BaseModel
 from core.config import PromptConfig
 from core.decoding import DecodeBatch, generate
 from core.errors import ConfigError, TooLargeError
-from core.generator import Generator, load_generator
-from core.prompts import Block, Prompt, PromptTemplate
+from core.generator import Generator
+from core.prompts import Block, PromptTemplate
 from core.sampling import GenerationOptions
 from core.tokenization import encode, load_tokenizer
+from tests.tiny_generators import WINDOWED, load_tiny, prompt_of, tiny_generator
 
 GREEDY = GenerationOptions(max_new_tokens=12)
 SAMPLED = GenerationOptions(max_new_tokens=12, temperature=1.3, top_k=40, top_p=0.95, seed=11)
 BUCKETS = GeneratorBuckets(parse_buckets("1x64,1x256"), parse_buckets("3x96,3x256"))
 
 
-def load(folder: Path) -> Generator:
-    return load_generator(BaseModel("tiny", folder, ""))
-
-
-@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3", "mistral_sliding", "qwen2_mixed"])
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3", *WINDOWED])
 def generator(request: pytest.FixtureRequest) -> Generator:
-    """Windows of 6 positions, shorter than every prompt, in all layers of one model and half the layers of another."""
-    windows: dict[str, tuple[str, dict[str, Any]]] = {
-        "mistral_sliding": ("tiny_mistral", {}),
-        "qwen2_mixed": (
-            "tiny_qwen2",
-            {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2},
-        ),
-    }
-    if request.param not in windows:
-        return load(request.getfixturevalue(request.param))
-    name, changes = windows[request.param]
-    folder = request.getfixturevalue(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, sliding_window=6, **changes).eval()
-    return Generator(model, load_tokenizer(folder))
+    return tiny_generator(request.param, request.getfixturevalue)
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama: Path) -> Generator:
-    return load(tiny_llama)
-
-
-def prompt_of(generator: Generator, seed: int, blocks: int = 2) -> Prompt:
-    """A prompt of random text and memory; its length depends on `seed`."""
-    source = torch.Generator().manual_seed(seed)
-    table = generator.embed(torch.arange(300))
-    mixed = [
-        Block(memory=table[torch.randint(300, (1 + (seed + i) % 4,), generator=source)])
-        if (seed + i) % 2
-        else Block(text_ids=torch.randint(5, 300, (1 + 3 * seed % 17,), generator=source).tolist())
-        for i in range(blocks)
-    ]
-    return PromptTemplate(generator.tokenizer, PromptConfig(system="Be brief.")).build(f"Which {seed}?", mixed)
+    return load_tiny(tiny_llama)
 
 
 @pytest.mark.parametrize("accelerator", [EagerAccelerator(), JitAccelerator()], ids=lambda each: each.name)
@@ -204,7 +174,7 @@ def test_frequencies_that_depend_on_positions_are_refused(tiny_llama: Path) -> N
 
 
 def test_smollm2_writes_the_same_from_traces(smollm2: Path) -> None:
-    generator = load(smollm2)
+    generator = load_tiny(smollm2)
     text = "The capital of Freedonia is Zubrovka."
     template = PromptTemplate(generator.tokenizer, PromptConfig())
     memory = generator.embed(torch.tensor(encode(generator.tokenizer, "Lutz is a city in Sylvania.").ids))
