@@ -130,7 +130,7 @@ def test_a_run_can_start_from_another(long_run: tuple[Path, Path], tmp_path: Pat
     config, whole = long_run
     arguments = [f"start={whole / 'best'}", "loop.max_steps=1"]
     assert train(config, tmp_path / "out", *arguments) == 0
-    assert losses(tmp_path / "out")[1] < 0.9 * losses(whole)[1]
+    assert losses(tmp_path / "out")[1] < 0.95 * losses(whole)[1]
     assert train(config, tmp_path / "other", *arguments, "model.compressor.pointer_window=2") == 0
     assert train(config, tmp_path / "wrong", *arguments, "model.compressor.rates=[8,2]") == 1  # more slots
 
