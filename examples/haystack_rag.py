@@ -45,7 +45,7 @@ def show(chunk: StreamingChunk) -> None:
 
 def main() -> None:
     """Ask, and print the answer as it comes."""
-    question = {"query": "When was the bridge opened?"}
+    question = {"query": "When was the bridge over the Aare opened?"}
     inputs = {name: dict(question) for name in ("retriever", "ranker", "answers")}
     result = build().run({**inputs, "generator": {**question, "streaming_callback": show}})
     answer = result["answers"]["answers"][0]

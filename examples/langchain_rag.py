@@ -43,7 +43,7 @@ chain = (
 
 def main() -> None:
     """Ask, and print the answer as it comes."""
-    for chunk in chain.stream("When was the bridge opened?"):
+    for chunk in chain.stream("When was the bridge over the Aare opened?"):
         print(chunk.text, end="", flush=True)
     cost = chunk.response_metadata  # of the last one
     print(f"\n{cost['tokens_saved']} tokens saved")

@@ -28,7 +28,7 @@ def main() -> None:
         options={"max_new_tokens": 32},
         streaming=True,
     )
-    response = engine.query("When was the bridge opened?")
+    response = engine.query("When was the bridge over the Aare opened?")
     assert isinstance(response, StreamingResponse)
     for piece in response.response_gen:
         print(piece, end="", flush=True)

@@ -45,7 +45,7 @@ def test_example(
     relevance = {line.split()[-1]: float(line.split()[0]) for line in passages}
     assert len(passages) == 2
     assert relevance["aare"] == max(relevance.values())
-    asked = {"query": "When was the bridge opened?", "passages": [BRIDGE, BREAD], "max_new_tokens": 32}
+    asked = {"query": "When was the bridge over the Aare opened?", "passages": [BRIDGE, BREAD], "max_new_tokens": 32}
     direct = demo.post("/answer", json=asked).json()
     assert direct["answerable"]["answerable"] is True
     assert answer == direct["answer"]
