@@ -53,7 +53,8 @@ def check_marks(item: WebElement, sent: dict[str, str], evidence: list[list[dict
             assert any(part in word or word in part for part in pointed), (word, pointed)
         sharp = [s for s in spans if s["field"] == field and s["weight"] > 0.6 and s["end"] - s["start"] < 8]
         for words in (sent[field][s["start"] : s["end"]].strip(string.punctuation) for s in sharp):
-            assert any(words in mark for mark in marks), (words, marks)
+            if any(character.isalnum() for character in words):  # the page marks words: not a face on its own
+                assert any(words in mark for mark in marks), (words, marks)
 
 
 def test_the_answer_grows_on_the_page_and_can_be_stopped(page: Page, browser: Chrome) -> None:
