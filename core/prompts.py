@@ -90,6 +90,13 @@ class PromptTemplate:
 
     def layout(self, query: str, blocks: Iterable[Sequence[int] | int]) -> Layout:
         """Lay out a prompt; a block is a passage's generator token ids, or its number of memory embeddings."""
+        background = self.background(blocks)
+        question = torch.tensor(self.question_ids(query), dtype=torch.int64)
+        ids = torch.cat([background.ids, question])
+        return Layout(ids, torch.cat([background.memory_mask, torch.zeros(len(question), dtype=torch.bool)]))
+
+    def background(self, blocks: Iterable[Sequence[int] | int]) -> Layout:
+        """What stands before the question in `layout`."""
         ids = self._head + self._background
         spans: list[tuple[int, int]] = []
         for number, block in enumerate(blocks, start=1):
@@ -99,7 +106,6 @@ class PromptTemplate:
                 ids += repeat(MEMORY_ID, block)
             else:
                 ids += block
-        ids += self.question_ids(query)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         for start, end in spans:
             mask[start:end] = True

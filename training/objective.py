@@ -228,6 +228,5 @@ def lay_out(
         else:
             blocks.append(sum(example.rows[place].memory_tokens for place in mine))
             used += [memory[place] for place in mine]
-    layout = model.template.layout(example.request.query, blocks)
-    end = len(layout.ids) - len(model.template.question_ids(example.request.query))
-    return layout.ids[:end], layout.memory_mask[:end], used
+    background = model.template.background(blocks)
+    return background.ids, background.memory_mask, used
