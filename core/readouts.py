@@ -39,6 +39,17 @@ def take(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
+def candidates(batch: RowBatch) -> Tensor:
+    """(B, G) bool: the first of the generator tokens that each of the compressor's tokens covers.
+
+    A compressor with a tokenizer of its own tells no two generator tokens of one of its tokens apart: their logits
+    are equal but for rounding, and a window could begin inside a number.
+    """
+    positions = batch.chunk_positions
+    new = positions[:, 1:] != positions[:, :-1]
+    return batch.generator_mask & torch.cat([torch.ones_like(new[:, :1]), new], dim=1)
+
+
 class MemoryReadout(nn.Module):
     """The hidden state at each memory slot, projected (OSCAR sec. 3.1). `project` is the identity for n_layers."""
 
@@ -79,9 +90,10 @@ class PointerReadout(nn.Module):
     """Copies of the chunk's own tokens, plus a residual (after pointer networks, Vinyals et al. 2015).
 
     The slots form windows of `window` consecutive ones. The first slot of a window asks where to look: the likeliest of
-    the chunk's tokens is its start. Slot j of the window is the generator's input embedding of the token j - lead
-    places after the start, plus a zero-initialised projection of the slot's hidden state. So memory embeddings lie in
-    the generator's embedding space before any training, and a generator that reads text reads them.
+    the compressor's tokens of the chunk, at its first generator token, is its start. Slot j of the window is the
+    generator's input embedding of the token j - lead places after the start, plus a zero-initialised projection of the
+    slot's hidden state. So memory embeddings lie in the generator's embedding space before any training, and a
+    generator that reads text reads them.
 
     Gradients are those of the expectation over all starts (straight-through, Bengio et al. 2013): in the forward pass
     the mean of several places is none of them.
@@ -105,7 +117,9 @@ class PointerReadout(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             # In float32 whatever the rest runs in: a sharp pointer's logits are large and close to each other.
             logits = queries.float() @ keys.float().transpose(1, 2) / keys.shape[-1] ** 0.5  # (B, W, G)
-        logits = self.apart(logits.masked_fill(~batch.generator_mask.unsqueeze(1), float("-inf")))
+        # Windows of one token must be able to reach every token.
+        places = candidates(batch) if self.window > 1 else batch.generator_mask
+        logits = self.apart(logits.masked_fill(~places.unsqueeze(1), float("-inf")))
         weights = self.spread(pick(logits))[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
         tokens = embed(batch.generator_ids)  # (B, G, d_generator)

@@ -178,7 +178,8 @@ def find_hits(
 ) -> list[list[int]]:
     """For each chunk, where a pointer finds an answer: weak labels, an answer string found in the passage is enough.
 
-    With windows (`pointer_window` > 1) a pointer is right at an answer's first token, else at any of its tokens.
+    With windows (`pointer_window` > 1) a pointer is right at an answer's first token, or at the first that the same
+    token of the compressor covers (`readouts.candidates`); without, at any of the answer's tokens.
     Passages known not to be relevant have no right place.
     """
     words = "|".join(sorted({re.escape(answer.strip()) for answer in answers if answer.strip()}, key=len, reverse=True))
@@ -193,7 +194,9 @@ def find_hits(
         found: set[int] = set()
         for start, end in spans_of[chunk.passage]:
             tokens = [i for i, (a, b) in enumerate(chunk.generator_spans) if a < end and b > start]
-            found.update(tokens[:1] if windowed else tokens)
+            if windowed:
+                tokens = [chunk.compressor_index.index(chunk.compressor_index[token]) for token in tokens[:1]]
+            found.update(tokens)
         hits.append(sorted(found))
     return hits
 

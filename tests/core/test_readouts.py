@@ -127,6 +127,22 @@ def test_pointers_that_agree_read_different_places() -> None:
     assert output.weights[1, :8:4].argmax(-1).tolist() == [2, 2]
 
 
+def test_a_window_begins_where_a_token_of_the_compressor_begins() -> None:
+    """The digits of a year are four tokens for the generator and one for the compressor: rounding must not choose."""
+    batch = batch_of(memory=[4, 4], tokens=[12, 8])
+    batch.chunk_positions[0, 5:9] = 5
+    batch.chunk_positions[1, 0:2] = 0
+    readout, hidden = sharp_pointer(window=4, lead=0), torch.zeros(*batch.ids.shape, 64)
+    for row, place in enumerate((5, 0)):
+        hidden[row, place, 7] = hidden[row, batch.memory_positions[row, 0], 7] = 1
+    output = readout(hidden, batch, embed)
+    assert output.logits is not None
+    assert output.weights is not None
+    assert output.weights[:, 0].argmax(-1).tolist() == [5, 0]
+    assert output.logits[0, 0].isfinite().tolist() == [True] * 6 + [False] * 3 + [True] * 3
+    assert output.logits[1, 0].isfinite().tolist() == [True, False] + [True] * 6 + [False] * 4
+
+
 def test_a_pointer_reads_one_place_and_learns_from_all() -> None:
     batch = batch_of([4], [12])
     readout, hidden = PointerReadout(WIDTH, WIDTH, 4, 1), hidden_for(batch).requires_grad_()

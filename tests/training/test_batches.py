@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.model import Model
-from core.pipeline import prepare
+from core.pipeline import prepare, rows_of
+from core.readouts import candidates
+from core.rows import collate_rows
 from tests.tiny_pipeline import tiny_model
 from tests.tiny_training import make_rows
 from training.batches import (
@@ -143,6 +145,16 @@ def test_hits_are_the_first_tokens_of_an_answer(pointing: Model) -> None:
     assert all("warsaw".startswith(token.strip().lower()) for token in first.split("|"))
     assert irrelevant == ""
     assert "Warsaw".startswith(unjudged.strip())
+
+
+def test_hits_are_places_where_a_window_can_begin(pointing: Model) -> None:
+    text = "In 1903, 2,718,281 naïve physicists (from Warsaw) won; in 1911 Warsaw's again."
+    request = prepare(pointing, "When?", [RowPassage(text)])
+    batch = collate_rows(rows_of(pointing, request), pointing.compressor.row_format, 8)
+    allowed = candidates(batch)
+    hits = find_hits(pointing, request, [RowPassage(text, relevance=1.0)], ["1903", "2,718,281", "Warsaw", "1911"])
+    assert sum(map(len, hits)) == 5
+    assert all(allowed[row, token] for row, tokens in enumerate(hits) for token in tokens)
 
 
 def test_hits_need_whole_words(pointing: Model) -> None:
