@@ -16,7 +16,7 @@ from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
 from core.policy import Shown
-from core.prompts import Block, Prompt
+from core.prompts import Block, Content, Prompt
 from core.row_passes import RowPass, run_rows
 from core.rows import ChunkRow, plan_batches
 from core.tokenization import encode
@@ -213,9 +213,10 @@ def build_prompt(
     by_relevance = model.config.prompt.passage_order == "relevance"
     order = rerank(compressed) if by_relevance else range(len(compressed))
     blocks = [
-        Block(text_ids=text_ids[i], memory=None)
-        if modes[i] == "text"
-        else Block(text_ids=None, memory=compressed[i].memory)
+        Block(
+            memory=compressed[i].memory if modes[i] in ("compressed", "hybrid") else None,
+            text_ids=text_ids[i] if modes[i] in ("text", "hybrid") else (),
+        )
         for i in order
         if modes[i] != "dropped"
     ]
@@ -232,4 +233,5 @@ def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
 
 def text_prompt_tokens(model: Model, request: PreparedRequest) -> int:
     """Prompt tokens if every passage were text: what the request would cost uncompressed."""
-    return len(model.template.layout(request.query, passage_text_ids(request)).ids)
+    contents = [Content(text_ids=ids) for ids in passage_text_ids(request)]
+    return len(model.template.layout(request.query, contents).ids)

@@ -1,4 +1,4 @@
-"""How each passage reaches the generator: as text, compressed or not at all, under a bound on the prompt's tokens.
+"""How each passage reaches the generator: as text, compressed, both or not at all, under a bound on the prompt's tokens.
 
 Pure functions of sizes, relevance and costs: equal inputs give equal choices. Knows no models and no tensors.
 
@@ -8,8 +8,9 @@ Once it has scored the passages, `choose` takes them one by one, best first:
 1. A passage under `min_relevance` is dropped.
 2. The others are shown in the smallest form that the mode allows, each one that fits into what is left of the bound;
    one that does not fit is dropped.
-3. What room remains turns embeddings into text, best first, each that fits: the best few in `hybrid`; in `auto`, where
-   the caller gave a bound, every passage that is relevant enough to hold an answer.
+3. What room remains goes to text behind the embeddings, best first, each that fits: the best few in `hybrid`; in
+   `auto`, where the caller gave a bound, every passage that is relevant enough to hold an answer. The embeddings stay:
+   they know what the query asks of the passage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,11 @@ from typing import Literal
 from core.config import Mode
 
 RequestMode = Literal["compressed", "text", "hybrid", "auto"]
-Shown = Literal["text", "compressed", "dropped"]
+Shown = Literal["text", "compressed", "hybrid", "dropped"]  # hybrid: embeddings, then text
 # Why a passage is shown as it is:
 #   asked                the mode asked for shows every passage so
-#   most_relevant        one of the few that `hybrid` shows as text
-#   relevant             `auto` had room to show it as text, and it is relevant enough to hold an answer
+#   most_relevant        one of the few that `hybrid` shows as text too
+#   relevant             `auto` had room to show it as text too, and it is relevant enough to hold an answer
 #   pays                 compressing it costs less than reading it as text would
 #   no_gain              compressing it would not pay: too short, or the compressor costs more than it saves
 #   no_text              only its embeddings are known here
@@ -41,7 +42,7 @@ PlanReason = Literal["asked", "costs", "relevance"]
 class Policy:
     """What a caller asks for.
 
-    hybrid_top          passages that `hybrid` shows as text; None: as many as the checkpoint is set to
+    hybrid_top          passages that `hybrid` shows as text too; None: as many as the checkpoint is set to
     max_prompt_tokens   bound on the generator's prompt, template included; None: none but the generator's own
     min_relevance       passages that are less relevant are dropped
     """
@@ -205,10 +206,9 @@ def choose(
         choice = chosen[passage.index]
         if choice.mode != "compressed" or passage.text is None:
             continue
-        more = passage.text - choice.tokens
-        if left is None or more <= left:
-            chosen[passage.index] = Choice("text", reason, passage.text)
-            left = None if left is None else left - more
+        if left is None or passage.text <= left:
+            chosen[passage.index] = Choice("hybrid", reason, choice.tokens + passage.text)
+            left = None if left is None else left - passage.text
         elif policy.mode == "hybrid":
             chosen[passage.index] = Choice("compressed", "over_budget", choice.tokens)
     return chosen
@@ -242,7 +242,5 @@ def _wanted_as_text(
 
 def overall(choices: Sequence[Choice]) -> Mode | None:
     """What the choices amount to; None where every passage was dropped."""
-    shown = {choice.mode for choice in choices} - {"dropped"}
-    if len(shown) > 1:
-        return "hybrid"
-    return None if not shown else "text" if "text" in shown else "compressed"
+    shown: set[Mode] = {choice.mode for choice in choices if choice.mode != "dropped"}
+    return "hybrid" if len(shown) > 1 else next(iter(shown), None)

@@ -1,6 +1,6 @@
 """The generator's prompt: its own chat template around instruction, passages and question. Knows no weights.
 
-Each passage stands in the prompt as text or as memory embeddings. The chat template is rendered once with sentinels,
+Each passage stands in the prompt as memory embeddings, as text, or as the one and then the other. The chat template is rendered once with sentinels,
 and every part is tokenised apart, so a passage's tokens are the same wherever it stands, and control tokens that a
 caller spells out in a passage or a question stay plain text.
 """
@@ -8,7 +8,7 @@ caller spells out in a passage or a question stay plain text.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
@@ -25,18 +25,30 @@ MEMORY_ID = 0  # stands at memory positions: its embedding is overwritten, so an
 TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
+class Content(NamedTuple):
+    """What one passage takes of a prompt: so many memory embeddings, then its text in generator token ids."""
+
+    memory_tokens: int = 0
+    text_ids: Sequence[int] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One passage of the prompt: exactly one of generator token ids or memory embeddings `(l, d)`."""
+    """One passage of the prompt: memory embeddings `(l, d)`, generator token ids, or the embeddings before the ids."""
 
-    text_ids: list[int] | None = None
     memory: Tensor | None = None
+    text_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if (self.text_ids is None) == (self.memory is None):
-            raise ValueError("a block holds either text_ids or memory")
+        if self.memory is None and not self.text_ids:
+            raise ValueError("a block holds memory, text_ids or both")
         if self.memory is not None and self.memory.ndim != 2:
             raise ValueError(f"memory must be (l, d), not {tuple(self.memory.shape)}")
+
+    @property
+    def content(self) -> Content:
+        """How much this is, without the embeddings themselves."""
+        return Content(0 if self.memory is None else self.memory.shape[0], self.text_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +100,22 @@ class PromptTemplate:
         # What every prompt with a passage in it begins with.
         self.prefix: tuple[int, ...] = (*self._head, *self._background, *self._label(1))
 
-    def layout(self, query: str, blocks: Iterable[Sequence[int] | int]) -> Layout:
-        """Lay out a prompt; a block is a passage's generator token ids, or its number of memory embeddings."""
-        background = self.background(blocks)
+    def layout(self, query: str, contents: Iterable[Content]) -> Layout:
+        """Lay out a prompt with one content a passage, in the order given."""
+        background = self.background(contents)
         question = torch.tensor(self.question_ids(query), dtype=torch.int64)
         ids = torch.cat([background.ids, question])
         return Layout(ids, torch.cat([background.memory_mask, torch.zeros(len(question), dtype=torch.bool)]))
 
-    def background(self, blocks: Iterable[Sequence[int] | int]) -> Layout:
+    def background(self, contents: Iterable[Content]) -> Layout:
         """What stands before the question in `layout`."""
         ids = self._head + self._background
         spans: list[tuple[int, int]] = []
-        for number, block in enumerate(blocks, start=1):
+        for number, content in enumerate(contents, start=1):
             ids += self._label(number)
-            if isinstance(block, int):
-                spans.append((len(ids), len(ids) + block))
-                ids += repeat(MEMORY_ID, block)
-            else:
-                ids += block
+            spans.append((len(ids), len(ids) + content.memory_tokens))
+            ids += repeat(MEMORY_ID, content.memory_tokens)
+            ids += content.text_ids
         mask = torch.zeros(len(ids), dtype=torch.bool)
         for start, end in spans:
             mask[start:end] = True
@@ -123,7 +133,7 @@ class PromptTemplate:
     def build(self, query: str, blocks: Sequence[Block]) -> Prompt:
         """The prompt of `query` with one block a passage, in the order given."""
         memories = [block.memory for block in blocks if block.memory is not None]
-        layout = self.layout(query, (_content(block) for block in blocks))
+        layout = self.layout(query, (block.content for block in blocks))
         memory = torch.cat(memories) if memories else torch.zeros(0, 0)  # (M, d)
         return Prompt(layout.ids, layout.memory_mask, memory)
 
@@ -163,13 +173,6 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token")
     return int(tokenizer.eos_token_id)
-
-
-def _content(block: Block) -> Sequence[int] | int:
-    if block.text_ids is not None:
-        return block.text_ids
-    assert block.memory is not None  # a block holds one of the two
-    return block.memory.shape[0]
 
 
 def _chat_segments(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[list[int], list[int], int]:

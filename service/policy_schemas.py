@@ -20,7 +20,7 @@ def _only_in_hybrid(value: int, info: ValidationInfo) -> int:
 
 HybridTop = Annotated[
     int,
-    Field(ge=1, description="passages hybrid shows as text; refused in other modes"),
+    Field(ge=1, description="passages hybrid shows as text too; refused in other modes"),
     AfterValidator(_only_in_hybrid),
 ]
 MaxPromptTokens = Annotated[

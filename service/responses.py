@@ -86,7 +86,7 @@ def answered_passages(
             mode=choice.mode,
             reason=choice.reason,
             tokens=choice.tokens,
-            evidence=evidence.get(passage.index) if choice.mode == "compressed" else None,
+            evidence=evidence.get(passage.index) if choice.mode in ("compressed", "hybrid") else None,
         )
         for passage, choice in zip(compressed.passages, compressed.choices, strict=True)
     ]

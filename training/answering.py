@@ -145,7 +145,7 @@ def _prompt(
 
 def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
     """All passages as text in the caller's order."""
-    return model.template.build(request.query, [Block(text_ids=ids, memory=None) for ids in passage_text_ids(request)])
+    return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
 def answer_batch(

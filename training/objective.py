@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from core.model import Model
+from core.prompts import Content
 from core.rows import collate_rows, plan_batches
 from training.batches import Question, TrainExample
 from training.config import LossConfig
@@ -219,14 +220,18 @@ def lay_out(
     if example.mode == "text":
         shown = set(range(count))
     order = by_score if model.config.prompt.passage_order == "relevance" else range(count)
-    blocks: list[list[int] | int] = []
+    contents: list[Content] = []
     used: list[Tensor] = []
     for index in order:
         mine = [place for place, row in enumerate(example.rows) if row.chunk.passage == index]
-        if index in shown:
-            blocks.append([token for place in mine for token in example.rows[place].chunk.generator_ids])
-        else:
-            blocks.append(sum(example.rows[place].memory_tokens for place in mine))
-            used += [memory[place] for place in mine]
-    background = model.template.background(blocks)
+        embedded = [] if example.mode == "text" else mine
+        read = mine if index in shown else []
+        used += [memory[place] for place in embedded]
+        contents.append(
+            Content(
+                sum(example.rows[place].memory_tokens for place in embedded),
+                [token for place in read for token in example.rows[place].chunk.generator_ids],
+            )
+        )
+    background = model.template.background(contents)
     return background.ids, background.memory_mask, used

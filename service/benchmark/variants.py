@@ -23,7 +23,7 @@ from core.model import Model
 from core.pipeline import PreparedRequest, build_prompt, compress, passage_text_ids, prepare
 from core.planning import choose_modes
 from core.policy import Policy
-from core.prompts import Block, Prompt
+from core.prompts import Block, Content, Prompt
 from core.sampling import GenerationOptions
 from core.tokenization import encode
 from service.benchmark.questions import Question
@@ -58,7 +58,7 @@ def run_transformers(model: Model, questions: Sequence[Question], new_tokens: in
     stages.enter("prepare")
     tokenizer, device = model.generator.tokenizer, model.generator.device
     layouts = [
-        model.template.layout(q.query, [encode(tokenizer, passage.content).ids for passage in q.passages])
+        model.template.layout(q.query, [Content(text_ids=encode(tokenizer, passage.content).ids) for passage in q.passages])
         for q in questions
     ]
     stages.enter("prompt")

@@ -13,7 +13,7 @@ from service.cli.flags import add_options, add_question, given_options
 from service.cli.questions import Question, read_questions
 from service.client import Answer, AnswerOptions, Client, Done, Token
 
-READ_AS = {"text": "text", "compressed": "embeddings", "dropped": "not read"}
+READ_AS = {"text": "text", "compressed": "embeddings", "hybrid": "embeddings and text", "dropped": "not read"}
 
 
 def choose_parser(arguments: Sequence[str], prog: str) -> tuple[argparse.ArgumentParser, Sequence[str]]:

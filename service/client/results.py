@@ -71,7 +71,7 @@ class AnsweredPassage:
     index: int
     id: str | None
     relevance: float | None
-    mode: Literal["compressed", "text", "dropped"]
+    mode: Literal["compressed", "text", "hybrid", "dropped"]
     evidence: Evidence | None = None
     reason: str = ""
     tokens: int = 0

@@ -2,12 +2,12 @@
 
 export const MODES = {
   compressed: "Every passage as embeddings.",
-  hybrid: "The most relevant as text, the others as embeddings.",
+  hybrid: "Every passage as embeddings, and the most relevant as text too.",
   text: "Every passage as text, for comparison.",
   auto: "Each as measured costs per token have it: short ones stay text.",
 };
 
-const SHOWN = { text: "Shown as text", compressed: "Compressed", dropped: "Dropped" };
+const SHOWN = { text: "Shown as text", compressed: "Compressed", hybrid: "Embeddings and text", dropped: "Dropped" };
 
 const REASONS = {
   asked: "the mode asks for it",
@@ -38,8 +38,10 @@ export function stateOf({ mode, reason, tokens }) {
 export function planOf({ reason, rate, estimates_ms: estimates }, passages, time) {
   const count = (mode) => passages.filter((passage) => passage.mode === mode).length;
   const compressed = count("compressed");
-  const at = compressed ? ` at ${rate} : 1` : "";
-  const sizes = `${count("text")} as text, ${compressed} compressed${at}, ${count("dropped")} dropped.`;
+  const both = count("hybrid");
+  const at = compressed + both ? ` at ${rate} : 1` : "";
+  const sizes =
+    `${count("text")} as text, ${compressed} compressed${at}, ${both} as both, ${count("dropped")} dropped.`;
   const sentences = [sizes, `${PLANS[reason] ?? reason}.`];
   if (estimates) {
     const { text, compressed, hybrid } = estimates;

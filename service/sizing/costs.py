@@ -69,7 +69,8 @@ class Costs:
     def prompt_tokens(self, sizes: Sizes, mode: Mode) -> int:
         """Positions that the generator reads."""
         shown = {"text": sizes.passages, "compressed": 0}.get(mode, min(sizes.passages, self.hybrid_top))
-        passages = shown * sizes.passage_tokens + (sizes.passages - shown) * self.memory_tokens(sizes)
+        embedded = 0 if mode == "text" else sizes.passages
+        passages = shown * sizes.passage_tokens + embedded * self.memory_tokens(sizes)
         return round(self.overhead_tokens + sizes.query_tokens + sizes.passages * LABEL_TOKENS + passages)
 
     def prepare_s(self, sizes: Sizes) -> float:

@@ -34,9 +34,9 @@ def test_named_modes_show_every_passage_as_asked() -> None:
     for mode, hybrid_top, shown in (
         ("text", None, ["text"] * 3),
         ("compressed", None, ["compressed"] * 3),
-        ("hybrid", 1, ["compressed", "text", "compressed"]),
-        ("hybrid", 2, ["compressed", "text", "text"]),
-        ("hybrid", 9, ["text"] * 3),
+        ("hybrid", 1, ["compressed", "hybrid", "compressed"]),
+        ("hybrid", 2, ["compressed", "hybrid", "hybrid"]),
+        ("hybrid", 9, ["hybrid"] * 3),
         ("hybrid", 0, ["compressed"] * 3),
     ):
         policy = Policy(mode, hybrid_top)  # type: ignore[arg-type]  # a tuple's literals
@@ -65,9 +65,10 @@ def test_auto_spends_the_bound_on_text_for_the_relevant() -> None:
     passages = candidates(0.2, 0.9, 0.7)
     policy = Policy("auto", max_prompt_tokens=1000)
     chosen = choose(policy, passages, FRAME, 1000, 0.5)
-    assert (modes(chosen), reasons(chosen)) == (["compressed", "text", "text"], ["pays", "relevant", "relevant"])
-    one_text = FRAME[3] + 100 + 8 + 8
-    assert modes(choose(policy, passages, FRAME, one_text, 0.5)) == ["compressed", "text", "compressed"]
+    assert (modes(chosen), reasons(chosen)) == (["compressed", "hybrid", "hybrid"], ["pays", "relevant", "relevant"])
+    assert chosen[1].tokens == 100 + 8
+    one_text = FRAME[3] + 100 + 3 * 8
+    assert modes(choose(policy, passages, FRAME, one_text, 0.5)) == ["compressed", "hybrid", "compressed"]
     assert modes(choose(policy, passages, FRAME, one_text - 1, 0.5)) == ["compressed"] * 3
     # Without a bound of the caller's there is nothing to spend.
     assert modes(choose(Policy("auto"), passages, FRAME, 1000, 0.5)) == ["compressed"] * 3
@@ -126,8 +127,9 @@ def test_no_prompt_is_over_its_bound(mode: Any, passages: list[Candidate], room:
     assert set(chosen) == set(range(len(passages)))
     for passage in passages:
         choice = chosen[passage.index]
-        taken = {"text": passage.text, "compressed": passage.memory, "dropped": 0}[choice.mode]
-        assert choice.tokens == taken
+        taken = {"text": passage.text or 0, "compressed": passage.memory or 0, "dropped": 0}
+        taken["hybrid"] = taken["text"] + taken["compressed"]
+        assert choice.tokens == taken[choice.mode]
         if choice.mode == "dropped" and mode == "compressed" and (passage.relevance or 0) >= min_relevance:
             # It would not have fitted beside the more relevant ones.
             ahead = [p.memory or 0 for p in best_first[: best_first.index(passage)] if chosen[p.index].tokens]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.config import PromptConfig
-from core.prompts import Block, PromptTemplate, end_of_turn_id, stack_prompts
+from core.prompts import Block, Content, PromptTemplate, end_of_turn_id, stack_prompts
 from core.tokenization import encode, load_tokenizer
 
 CONFIG = PromptConfig(system="Answer briefly.")
@@ -107,19 +107,31 @@ def test_memory_stands_where_the_passage_would(tokenizer: PreTrainedTokenizerBas
     )
 
 
-blocks = st.lists(st.one_of(st.integers(1, 4), st.lists(st.integers(5, 300), max_size=5)), max_size=12)
+ids = st.lists(st.integers(5, 300), min_size=1, max_size=5)
+blocks = st.lists(
+    st.builds(Content, st.integers(1, 4), st.one_of(st.just([]), ids)) | st.builds(Content, text_ids=ids), max_size=12
+)
 
 
-@given(shapes=blocks)
-def test_layout_and_build_agree_for_any_mix_of_blocks(template: PromptTemplate, shapes: list[int | list[int]]) -> None:
-    built = template.build(
-        QUERY,
-        [Block(memory=torch.rand(each, 4)) if isinstance(each, int) else Block(text_ids=each) for each in shapes],
-    )
-    layout = template.layout(QUERY, shapes)
+@given(contents=blocks)
+def test_layout_and_build_agree_for_any_mix_of_blocks(template: PromptTemplate, contents: list[Content]) -> None:
+    made = [Block(torch.rand(size, 4) if size else None, text_ids) for size, text_ids in contents]
+    assert [block.content for block in made] == contents
+    built, layout = template.build(QUERY, made), template.layout(QUERY, contents)
     assert torch.equal(layout.ids, built.ids)
     assert torch.equal(layout.memory_mask, built.memory_mask)
-    assert built.memory.shape[0] == layout.memory_mask.sum() == sum(each for each in shapes if isinstance(each, int))
+    assert built.memory.shape[0] == layout.memory_mask.sum() == sum(content.memory_tokens for content in contents)
+
+
+def test_a_passage_shown_both_ways_is_one_block(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> None:
+    text = text_blocks(tokenizer)[0].text_ids
+    both = template.build(QUERY, [Block(torch.rand(3, 4), text)])
+    only = template.build(QUERY, [Block(text_ids=text)])
+    start = int(both.memory_mask.int().argmax())
+    assert both.memory_mask[start : start + 3].all()
+    assert decode(tokenizer, both.ids[:start]).endswith("[1] ")
+    assert torch.equal(both.ids[~both.memory_mask], only.ids)
+    assert both.ids[start + 3 : start + 3 + len(text)].tolist() == text
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_mistral", "tiny_qwen2"])
@@ -148,8 +160,8 @@ def test_an_answer_ends_with_the_end_of_turn(tokenizer: PreTrainedTokenizerBase,
 
 
 def test_a_block_is_text_or_memory() -> None:
-    for wrong in ({}, {"text_ids": [1], "memory": torch.rand(1, 4)}, {"memory": torch.rand(4)}):
-        with pytest.raises(ValueError, match=r"text_ids or memory|\(l, d\)"):
+    for wrong in ({}, {"text_ids": []}, {"memory": torch.rand(4)}):
+        with pytest.raises(ValueError, match=r"text_ids or both|\(l, d\)"):
             Block(**wrong)
 
 

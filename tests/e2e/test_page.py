@@ -87,17 +87,17 @@ def test_hybrid_says_which_passage_was_shown_as_text(page: Page, server: httpx.C
     page.click("Answer")
     page.answered()
     expected = ask(server, mode="hybrid")["passages"]
-    as_text = [state.startswith("Shown as text") for state in page.states()]
-    assert as_text == [passage["mode"] == "text" for passage in expected]
+    as_text = [state.startswith("Embeddings and text") for state in page.states()]
+    assert as_text == [passage["mode"] == "hybrid" for passage in expected]
     assert sum(as_text) == 1
     for state, passage in zip(page.states(), expected, strict=True):
         assert f"({passage['tokens']} tokens)" in state
         assert state.endswith(
-            "it is among the most relevant." if passage["mode"] == "text" else "the mode asks for it."
+            "it is among the most relevant." if passage["mode"] == "hybrid" else "the mode asks for it."
         )
-    assert page["plan"].text.startswith("1 as text, 4 compressed at 16 : 1, 0 dropped. The mode decided.")
-    (item,) = page.all("#passage-list > .text")
-    assert not item.find_elements(By.CSS_SELECTOR, "mark, details")
+    assert page["plan"].text.startswith("0 as text, 4 compressed at 16 : 1, 1 as both, 0 dropped. The mode decided.")
+    (item,) = page.all("#passage-list > .hybrid")
+    assert item.find_elements(By.CSS_SELECTOR, "mark, details")
 
 
 def test_what_does_not_fit_the_budget_is_seen_to_be_dropped(page: Page, server: httpx.Client) -> None:
@@ -144,7 +144,12 @@ def test_auto_says_why_and_what_was_not_scored(page: Page, server: httpx.Client)
     page.wait(lambda: len(page.states()) == 5)
     page.answered()
     assert "Relevance decided" in page["plan"].text
-    modes = {"text": "Shown as text", "compressed": "Compressed", "dropped": "Dropped"}
+    modes = {
+        "text": "Shown as text",
+        "compressed": "Compressed",
+        "hybrid": "Embeddings and text",
+        "dropped": "Dropped",
+    }
     for state, passage in zip(page.states(), expected["passages"], strict=True):
         assert state.startswith(modes[passage["mode"]])
     assert not page.severe()

@@ -106,7 +106,7 @@ def test_keys_alone_are_enough(page: Page, browser: Chrome) -> None:
     tab_to("Answer")
     press(Keys.SPACE)
     page.answered()
-    assert sum(state.startswith("Shown as text") for state in page.states()) == 1
+    assert sum(state.startswith("Embeddings and text") for state in page.states()) == 1
     tab_to(" memory embeddings")
     press(Keys.ENTER)
     (opened,) = page.all("details[open]")

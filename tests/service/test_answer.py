@@ -71,7 +71,7 @@ def test_text_mode_saves_nothing(client: httpx.Client) -> None:
 
 def test_hybrid_top_shows_so_many_as_text(client: httpx.Client) -> None:
     modes = [p["mode"] for p in answer(client, mode="hybrid", hybrid_top=2)["passages"]]
-    assert sorted(modes) == ["compressed", "text", "text"]
+    assert sorted(modes) == ["compressed", "hybrid", "hybrid"]
 
 
 @pytest.mark.parametrize("values", [{}, {"mode": "compressed"}, {"mode": "text"}, {"mode": "auto"}])

@@ -91,7 +91,7 @@ def test_no_evidence_where_no_embedding_was_read_from_attention(client: httpx.Cl
     assert sorted((p["mode"], p["evidence"] is None) for p in hybrid) == [
         ("compressed", False),
         ("compressed", False),
-        ("text", True),
+        ("hybrid", False),
     ]
     assert {p["evidence"] is None for p in compress(client, explain=True)} == {True}  # the memory readout
 

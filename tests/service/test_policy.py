@@ -75,8 +75,8 @@ def test_the_least_relevant_are_dropped_first(client: httpx.Client) -> None:
 def test_a_bound_without_a_mode_is_auto(client: httpx.Client) -> None:
     got = answer(client, max_prompt_tokens=2000)
     assert shown(got) == shown(answer(client, mode="auto", max_prompt_tokens=2000))
-    assert ("text", "relevant") in shown(got)
-    assert got["plan"]["mode"] == "text"  # there is room for all, and all are relevant enough
+    assert ("hybrid", "relevant") in shown(got)
+    assert got["plan"]["mode"] == "hybrid"  # there is room for all, and all are relevant enough
     assert shown(answer(client)) == [("compressed", "asked")] * 3
 
 

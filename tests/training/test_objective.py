@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.compressors import Compressor
 from core.generator import merge_lora
 from core.model import build_model
+from core.prompts import Content
 from tests.tiny_training import gradients, make_config, make_examples, make_objective, make_rows
 from training.adapters import adapter_state, compressor_state
 from training.config import TrainConfig
@@ -62,7 +63,7 @@ def test_only_answer_tokens_are_in_the_loss(tiny_llama: Path) -> None:
     expected, count = 0.0, 0
     for example in examples:
         blocks = [
-            [token for row in example.rows if row.chunk.passage == index for token in row.chunk.generator_ids]
+            Content(0, [token for row in example.rows if row.chunk.passage == index for token in row.chunk.generator_ids])
             for index in range(len(example.request.passages))
         ]
         prompt = objective.model.template.layout(example.request.query, blocks).ids
