@@ -1,4 +1,4 @@
-"""How each passage reaches the generator: as text, compressed, both or not at all, under a bound on the prompt's tokens.
+"""How each passage reaches the generator, as text, compressed, both or not at all, under a bound on prompt tokens.
 
 Pure functions of sizes, relevance and costs: equal inputs give equal choices. Knows no models and no tensors.
 

@@ -1,8 +1,8 @@
 """The generator's prompt: its own chat template around instruction, passages and question. Knows no weights.
 
-Each passage stands in the prompt as memory embeddings, as text, or as the one and then the other. The chat template is rendered once with sentinels,
-and every part is tokenised apart, so a passage's tokens are the same wherever it stands, and control tokens that a
-caller spells out in a passage or a question stay plain text.
+Each passage stands in the prompt as memory embeddings, as text, or as the one and then the other. The chat template is
+rendered once with sentinels, and every part is tokenised apart, so a passage's tokens are the same wherever it stands,
+and control tokens that a caller spells out in a passage or a question stay plain text.
 """
 
 from collections.abc import Iterable, Sequence

@@ -58,7 +58,9 @@ def run_transformers(model: Model, questions: Sequence[Question], new_tokens: in
     stages.enter("prepare")
     tokenizer, device = model.generator.tokenizer, model.generator.device
     layouts = [
-        model.template.layout(q.query, [Content(text_ids=encode(tokenizer, passage.content).ids) for passage in q.passages])
+        model.template.layout(
+            q.query, [Content(text_ids=encode(tokenizer, passage.content).ids) for passage in q.passages]
+        )
         for q in questions
     ]
     stages.enter("prompt")

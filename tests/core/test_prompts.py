@@ -109,7 +109,8 @@ def test_memory_stands_where_the_passage_would(tokenizer: PreTrainedTokenizerBas
 
 ids = st.lists(st.integers(5, 300), min_size=1, max_size=5)
 blocks = st.lists(
-    st.builds(Content, st.integers(1, 4), st.one_of(st.just([]), ids)) | st.builds(Content, text_ids=ids), max_size=12
+    st.builds(Content, st.integers(1, 4), st.one_of(st.just([]), ids)) | st.builds(Content, st.just(0), ids),
+    max_size=12,
 )
 
 

@@ -63,7 +63,9 @@ def test_only_answer_tokens_are_in_the_loss(tiny_llama: Path) -> None:
     expected, count = 0.0, 0
     for example in examples:
         blocks = [
-            Content(0, [token for row in example.rows if row.chunk.passage == index for token in row.chunk.generator_ids])
+            Content(
+                0, [token for row in example.rows if row.chunk.passage == index for token in row.chunk.generator_ids]
+            )
             for index in range(len(example.request.passages))
         ]
         prompt = objective.model.template.layout(example.request.query, blocks).ids
