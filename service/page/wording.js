@@ -36,13 +36,10 @@ export function stateOf({ mode, reason, tokens }) {
 
 /** What became of the passages together, and what decided it. */
 export function planOf({ reason, rate, estimates_ms: estimates }, passages, time) {
-  const count = (mode) => passages.filter((passage) => passage.mode === mode).length;
-  const compressed = count("compressed");
-  const both = count("hybrid");
-  const at = compressed + both ? ` at ${rate} : 1` : "";
-  const sizes =
-    `${count("text")} as text, ${compressed} compressed${at}, ${both} as both, ${count("dropped")} dropped.`;
-  const sentences = [sizes, `${PLANS[reason] ?? reason}.`];
+  const kinds = { text: "as text", compressed: `compressed at ${rate} : 1`, hybrid: "as both", dropped: "dropped" };
+  const counted = Object.entries(kinds).map(([mode, words]) => [passages.filter((p) => p.mode === mode).length, words]);
+  const sizes = counted.filter(([count]) => count).map((each) => each.join(" ")).join(", ");
+  const sentences = [`${sizes}.`, `${PLANS[reason] ?? reason}.`];
   if (estimates) {
     const { text, compressed, hybrid } = estimates;
     sentences.push(

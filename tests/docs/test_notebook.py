@@ -47,5 +47,5 @@ def test_from_raw_data_to_a_served_answer(
     usage = re.search(r"Usage\(text_tokens=(\d+), prompt_tokens=(\d+)", printed)
     assert usage is not None
     assert 0 < int(usage[2]) < int(usage[1])
-    shown = re.findall(r"^[01]\.\d+ (text|compressed) \S+", printed, flags=re.MULTILINE)
-    assert sorted(shown) == ["compressed", "compressed", "compressed", "text"]
+    shown = re.findall(r"^[01]\.\d+ (text|compressed|hybrid) \S+", printed, flags=re.MULTILINE)
+    assert sorted(shown) == ["compressed", "compressed", "compressed", "hybrid"]

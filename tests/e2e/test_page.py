@@ -95,7 +95,7 @@ def test_hybrid_says_which_passage_was_shown_as_text(page: Page, server: httpx.C
         assert state.endswith(
             "it is among the most relevant." if passage["mode"] == "hybrid" else "the mode asks for it."
         )
-    assert page["plan"].text.startswith("0 as text, 4 compressed at 16 : 1, 1 as both, 0 dropped. The mode decided.")
+    assert page["plan"].text.startswith("4 compressed at 16 : 1, 1 as both. The mode decided.")
     (item,) = page.all("#passage-list > .hybrid")
     assert item.find_elements(By.CSS_SELECTOR, "mark, details")
 
