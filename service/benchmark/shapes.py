@@ -4,12 +4,13 @@ No padding, nothing done twice, the vocabulary's head only where a token is want
 made stands beside it, so that waste shows. Attention is the whole square of positions, as it is counted.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from core.model import Model
+from core.packed_linear import PackedLinear
 from core.pipeline import PreparedRequest, rows_of
 from core.readouts import PointerReadout
 from core.rows import ChunkRow
@@ -37,11 +38,8 @@ def compressor_flops(model: Model, request: PreparedRequest, rate: int | None = 
 
 def linear_weights(module: nn.Module) -> int:
     """Weights that take part in matrix products with each position."""
-    return sum(part.weight.numel() for part in _linears(module))
-
-
-def _linears(module: nn.Module) -> Iterable[nn.Linear]:
-    return (part for part in module.modules() if isinstance(part, nn.Linear))
+    linears = (part for part in module.modules() if isinstance(part, nn.Linear | PackedLinear))
+    return sum(part.in_features * part.out_features for part in linears)
 
 
 def _attention_width(config: Any) -> int:

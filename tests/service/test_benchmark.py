@@ -2,22 +2,26 @@
 
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.base_models import BaseModel
 from core.costs import Stages, flop_stages
 from core.errors import ConfigError, TooLargeError
+from core.generator import load_generator
 from core.model import Model
+from core.packed_linear import can_pack, pack_generator
 from core.pipeline import prepare
 from core.tokenization import encode
 from service.benchmark.engine import COMPRESSING, Case, Measured, plan_cases, summarise
 from service.benchmark.load import require_loopback
 from service.benchmark.questions import exact_text, make_questions
 from service.benchmark.scaling import run_curve
-from service.benchmark.shapes import compressor_flops, generator_flops
+from service.benchmark.shapes import compressor_flops, generator_flops, linear_weights
 from service.benchmark.statistics import fit_slope, paired_ratios, percentiles, spread
 from service.benchmark.tables import table
 from service.benchmark.variants import VARIANTS, without_end
@@ -140,6 +144,13 @@ def test_operations_counted_are_those_that_the_shapes_allow(model: Model, name: 
         expected += compressor_flops(model, prepare(model, questions[0].query, questions[0].passages))
     # The shapes count a query once for each of its chunks; a batch that reads it once does with less.
     assert 0.85 * expected <= stages.total <= expected
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not multiply bfloat16")
+def test_packed_layers_are_of_the_same_shape(tiny_llama: Path) -> None:
+    plain, packed = (load_generator(BaseModel("tiny", tiny_llama, "0"), dtype=torch.bfloat16) for _ in range(2))
+    pack_generator(packed)
+    assert linear_weights(packed.model) == linear_weights(plain.model) > 0
 
 
 def test_a_curve_ends_where_the_model_has_no_positions_left(model: Model) -> None:
