@@ -1,6 +1,7 @@
 """The generator's prompt: the model's own template, passages as text or memory, control tokens kept out."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_an_answer_ends_with_the_end_of_turn(tokenizer: PreTrainedTokenizerBase,
 
 
 def test_a_block_is_text_or_memory() -> None:
-    for wrong in ({}, {"text_ids": []}, {"memory": torch.rand(4)}):
+    wrongs: tuple[dict[str, Any], ...] = ({}, {"text_ids": []}, {"memory": torch.rand(4)})
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"text_ids or both|\(l, d\)"):
             Block(**wrong)
 
