@@ -109,7 +109,7 @@ class PromptConfig:
     """The words around the passages (OSCAR app. D) and the order of passages in the prompt.
 
     passage_order   `relevance`: best score first, by the compressor's own scores; `given`: the caller's order
-    hybrid_top      how many best-scored passages `hybrid` shows as text
+    hybrid_top      how many best-scored passages `hybrid` shows as text too
     """
 
     system: str = (

@@ -258,7 +258,7 @@ class AnsweredPassage(BaseModel):
     index: int
     id: str | None
     relevance: float | None = Field(description="null where auto shows a passage as text without scoring it")
-    mode: Shown
+    mode: Shown = Field(description="text; compressed: as embeddings; hybrid: embeddings, then its text; or dropped")
     reason: Reason = Field(
         description="why: asked, most_relevant, relevant (enough for text, and it fits), pays, no_gain (compressing it"
         " would not pay), no_text (only its embeddings are known), over_budget, below_min_relevance"
