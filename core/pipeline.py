@@ -15,8 +15,8 @@ from torch import Tensor
 from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
-from core.policy import Shown
-from core.prompts import Block, Content, Prompt
+from core.policy import AS_EMBEDDINGS, AS_TEXT, Shown
+from core.prompts import Block, Prompt
 from core.row_passes import RowPass, run_rows
 from core.rows import ChunkRow, plan_batches
 from core.tokenization import encode
@@ -214,13 +214,18 @@ def build_prompt(
     order = rerank(compressed) if by_relevance else range(len(compressed))
     blocks = [
         Block(
-            memory=compressed[i].memory if modes[i] in ("compressed", "hybrid") else None,
-            text_ids=text_ids[i] if modes[i] in ("text", "hybrid") else (),
+            memory=compressed[i].memory if modes[i] in AS_EMBEDDINGS else None,
+            text_ids=text_ids[i] if modes[i] in AS_TEXT else (),
         )
         for i in order
         if modes[i] != "dropped"
     ]
     return model.template.build(request.query, blocks)
+
+
+def text_prompt(model: Model, request: PreparedRequest) -> Prompt:
+    """The prompt with every passage as text, in the caller's order: no compressor has to have run."""
+    return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
 def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
@@ -233,5 +238,5 @@ def passage_text_ids(request: PreparedRequest) -> list[list[int]]:
 
 def text_prompt_tokens(model: Model, request: PreparedRequest) -> int:
     """Prompt tokens if every passage were text: what the request would cost uncompressed."""
-    contents = [Content(text_ids=ids) for ids in passage_text_ids(request)]
-    return len(model.template.layout(request.query, contents).ids)
+    frame = model.template.frame(request.query, len(request.passages))[-1]
+    return frame + sum(len(chunk.generator_ids) for chunk in request.chunks)

@@ -21,6 +21,8 @@ from core.config import Mode
 
 RequestMode = Literal["compressed", "text", "hybrid", "auto"]
 Shown = Literal["text", "compressed", "hybrid", "dropped"]  # hybrid: embeddings, then text
+AS_EMBEDDINGS: frozenset[Shown] = frozenset({"compressed", "hybrid"})
+AS_TEXT: frozenset[Shown] = frozenset({"text", "hybrid"})
 # Why a passage is shown as it is:
 #   asked                the mode asked for shows every passage so
 #   most_relevant        one of the few that `hybrid` shows as text too

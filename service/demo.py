@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx
 
+from service.cli.answer import READ_AS
+
 START_SECONDS = 600  # the base model may have to be fetched first
 ANSWER_SECONDS = 300
 QUERY = "For what did Marie Curie receive the Nobel Prize in Chemistry in 1911?"
@@ -130,13 +132,13 @@ def show_answers(client: httpx.Client, *, trained: bool, checkpoint: str) -> Non
 
 def show_answer(mode: str, answer: dict[str, Any]) -> None:
     """Print one answer with its relevance, tokens and timings."""
-    usage, shown = answer["usage"], {"text": "text", "compressed": "embeddings", "hybrid": "embeddings and text"}
+    usage = answer["usage"]
     share = usage["tokens_saved"] / usage["text_tokens"]
     print(f"\n--- {mode} ---")
     print(f"Answer:     {answer['answer'].strip()!r}")
     for passage in answer["passages"]:
         title = PASSAGES[passage["index"]]["title"]
-        print(f"            relevance {passage['relevance']:.3f}  as {shown[passage['mode']]:<19}  {title}")
+        print(f"            relevance {passage['relevance']:.3f}  as {READ_AS[passage['mode']]:<19}  {title}")
     print(
         f"Tokens:     {usage['prompt_tokens']} in the prompt instead of {usage['text_tokens']}: "
         f"{usage['tokens_saved']} saved ({share:.0%}); {usage['completion_tokens']} written"

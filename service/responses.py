@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from core.model import Model
 from core.pipeline import CompressedPassage, rerank
-from core.policy import overall
+from core.policy import AS_EMBEDDINGS, overall
 from service.caches.embeddings import count_cached
 from service.embedding_store import StoredPassage
 from service.embeddings_codec import encode_embeddings
@@ -86,7 +86,7 @@ def answered_passages(
             mode=choice.mode,
             reason=choice.reason,
             tokens=choice.tokens,
-            evidence=evidence.get(passage.index) if choice.mode in ("compressed", "hybrid") else None,
+            evidence=evidence.get(passage.index) if choice.mode in AS_EMBEDDINGS else None,
         )
         for passage, choice in zip(compressed.passages, compressed.choices, strict=True)
     ]

@@ -19,12 +19,12 @@ from core.pipeline import (
     PreparedRequest,
     build_prompt,
     compress,
-    passage_text_ids,
     prepare,
+    text_prompt,
 )
 from core.planning import choose_modes, plan_request
 from core.policy import Policy
-from core.prompts import Block, Prompt
+from core.prompts import Prompt
 from core.sampling import GenerationOptions
 from training.metrics import best_over_references, exact_match, rouge_l, substring_accuracy, survival, token_f1
 from training.questions import Question
@@ -97,7 +97,7 @@ def generate_batch(
             ]
     with stage("prompt"):
         if compressed is None:
-            prompts = [_text_prompt(model, request) for request in requests]
+            prompts = [text_prompt(model, request) for request in requests]
         else:
             prompts = [
                 _prompt(model, request, passages, policy, options)
@@ -141,11 +141,6 @@ def _prompt(
 ) -> Prompt:
     choices = choose_modes(model, request, passages, policy, options.max_new_tokens)
     return build_prompt(model, request, passages, [choice.mode for choice in choices])
-
-
-def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
-    """All passages as text in the caller's order."""
-    return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
 def answer_batch(

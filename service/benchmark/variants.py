@@ -20,10 +20,10 @@ from core.costs import Stages
 from core.decoding import DecodeBatch
 from core.errors import TooLargeError
 from core.model import Model
-from core.pipeline import PreparedRequest, build_prompt, compress, passage_text_ids, prepare
+from core.pipeline import build_prompt, compress, prepare, text_prompt
 from core.planning import choose_modes
 from core.policy import Policy
-from core.prompts import Block, Content, Prompt
+from core.prompts import Content, Prompt
 from core.sampling import GenerationOptions
 from core.tokenization import encode
 from service.benchmark.questions import Question
@@ -108,7 +108,7 @@ def build_prompts(model: Model, questions: Sequence[Question], stages: Stages, m
     requests = [prepare(model, question.query, question.passages) for question in questions]
     if mode == "text":
         stages.enter("prompt")
-        return [_text_prompt(model, request) for request in requests]
+        return [text_prompt(model, request) for request in requests]
     stages.enter("compress")
     compressed = compress(model, requests)
     stages.enter("prompt")
@@ -116,10 +116,6 @@ def build_prompts(model: Model, questions: Sequence[Question], stages: Stages, m
         build_prompt(model, request, passages, [c.mode for c in choose_modes(model, request, passages, Policy(mode))])
         for request, passages in zip(requests, compressed, strict=True)
     ]
-
-
-def _text_prompt(model: Model, request: PreparedRequest) -> Prompt:
-    return model.template.build(request.query, [Block(text_ids=ids) for ids in passage_text_ids(request)])
 
 
 def write_answers(model: Model, prompts: Sequence[Prompt], new_tokens: int, stages: Stages) -> list[list[int]]:
