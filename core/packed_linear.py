@@ -7,7 +7,7 @@ weights it reads them at the speed of memory. PyTorch packs weights the same way
 import torch
 from torch import Tensor, nn
 
-from core.generator import Generator
+from core.model import Model
 
 LAYER_ROWS, HEAD_ROWS = 2048, 16  # rows a layout is chosen for: a prompt's tokens, and one token of each sequence
 
@@ -36,12 +36,19 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.inference_mode()
-def pack_generator(generator: Generator) -> None:
-    """Put packed layers in place of all linear ones, where that works and pays; it is then for inference only."""
-    if not can_pack(generator.device, generator.dtype):
-        return
-    head = generator.model.get_output_embeddings()
-    for parent in list(generator.model.modules()):
+def pack_model(model: Model) -> None:
+    """Put packed layers in place of the linear ones of generator and compressor; they are then for inference only.
+
+    Where that neither works nor pays, nothing is changed.
+    """
+    if can_pack(model.device, model.generator.dtype):
+        pack_network(model.generator.model, head=model.generator.model.get_output_embeddings())
+        pack_network(model.compressor.backbone)
+
+
+def pack_network(network: nn.Module, head: nn.Module | None = None) -> None:
+    """Put packed layers in place of all linear ones inside `network`; `head` runs on one token of each sequence."""
+    for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
                 setattr(parent, name, PackedLinear(child, HEAD_ROWS if child is head else LAYER_ROWS))

@@ -15,7 +15,7 @@ from core.config import Config, GeneratorConfig
 from core.costs import measure_token_costs
 from core.errors import ConfigError
 from core.model import Model, build_model
-from core.packed_linear import pack_generator
+from core.packed_linear import pack_model
 from core.passages import Passage
 from core.policy import TokenCosts
 from core.quantization import quantise
@@ -54,7 +54,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if settings.quantize is not None:
         quantise(model)
     elif settings.accelerator == "eager":
-        pack_generator(model.generator)
+        pack_model(model)
     if settings.compressor_token_us is not None and settings.prefill_token_us is not None:
         model.costs = TokenCosts(settings.compressor_token_us / 1e6, settings.prefill_token_us / 1e6)
     if not model.config.trained:

@@ -14,7 +14,7 @@ from core.costs import Stages, flop_stages
 from core.errors import ConfigError, TooLargeError
 from core.generator import load_generator
 from core.model import Model
-from core.packed_linear import can_pack, pack_generator
+from core.packed_linear import can_pack, pack_network
 from core.pipeline import prepare
 from core.tokenization import encode
 from service.benchmark.engine import COMPRESSING, Case, Measured, plan_cases, summarise
@@ -149,7 +149,7 @@ def test_operations_counted_are_those_that_the_shapes_allow(model: Model, name: 
 @pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not multiply bfloat16")
 def test_packed_layers_are_of_the_same_shape(tiny_llama: Path) -> None:
     plain, packed = (load_generator(BaseModel("tiny", tiny_llama, "0"), dtype=torch.bfloat16) for _ in range(2))
-    pack_generator(packed)
+    pack_network(packed.model)
     assert linear_weights(packed.model) == linear_weights(plain.model) > 0
 
 
