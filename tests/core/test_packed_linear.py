@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from core.base_models import BaseModel
-from core.costs import flop_stages
 from core.config import CompressorConfig, Config, GeneratorConfig
+from core.costs import flop_stages
 from core.generator import load_generator
 from core.model import build_model
 from core.packed_linear import PackedLinear, can_pack, pack_model, pack_network
