@@ -92,8 +92,9 @@ class PointerReadout(nn.Module):
     The slots form windows of `window` consecutive ones. The first slot of a window asks where to look: the likeliest of
     the compressor's tokens of the chunk, at its first generator token, is its start. Slot j of the window is the
     generator's input embedding of the token j - lead places after the start, plus a zero-initialised projection of the
-    slot's hidden state. So memory embeddings lie in the generator's embedding space before any training, and a
-    generator that reads text reads them.
+    slot's hidden state. A window that reaches past an end of the chunk reads nothing there: slid back into it, it would
+    not say any more where the answer begins. So memory embeddings lie in the generator's embedding space before any
+    training, and a generator that reads text reads them.
 
     Gradients are those of the expectation over all starts (straight-through, Bengio et al. 2013): in the forward pass
     the mean of several places is none of them.
@@ -120,7 +121,9 @@ class PointerReadout(nn.Module):
         # Windows of one token must be able to reach every token.
         places = candidates(batch) if self.window > 1 else batch.generator_mask
         logits = self.apart(logits.masked_fill(~places.unsqueeze(1), float("-inf")))
-        weights = self.spread(pick(logits))[:, : slots.shape[1]]  # (B, L, G)
+        # A single window need not have all of its slots.
+        width = min(self.window, max(slots.shape[1], self.lead + 1))
+        weights = self.spread(pick(logits), width)[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
         tokens = embed(batch.generator_ids)  # (B, G, d_generator)
         memory = weights.to(tokens.dtype) @ tokens + self.residual(slots).to(tokens.dtype)
@@ -143,14 +146,17 @@ class PointerReadout(nn.Module):
             chosen.append(torch.where(somewhere, left, following))
         return torch.stack(chosen, dim=1)
 
-    def spread(self, starts: Tensor) -> Tensor:
-        """Start distributions (B, W, G) -> weights of each window's slots (B, W * window, G): shifted copies."""
+    def spread(self, starts: Tensor, width: int) -> Tensor:
+        """Start distributions (B, W, G) -> weights of each window's first slots (B, W * width, G): shifted copies.
+
+        width   slots, more than `lead`
+        """
         size = starts.shape[-1]
-        padded = functional.pad(starts, (self.window - 1 - self.lead, self.lead))  # (B, W, G + window - 1)
-        # The slice from o on is shifted by window-1-lead-o, so the last one is the first slot's.
-        slices = [padded[..., first : first + size] for first in reversed(range(self.window))]
-        shifted = torch.stack(slices, dim=2)  # (B, W, window, G)
-        return shifted.flatten(1, 2)  # (B, W * window, G)
+        padded = functional.pad(starts, (width - 1 - self.lead, self.lead))  # (B, W, G + width - 1)
+        # The slice from o on is shifted by width-1-lead-o, so the last one is the first slot's.
+        slices = [padded[..., first : first + size] for first in reversed(range(width))]
+        shifted = torch.stack(slices, dim=2)  # (B, W, width, G)
+        return shifted.flatten(1, 2)  # (B, W * width, G)
 
 
 def build_readout(

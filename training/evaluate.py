@@ -18,7 +18,7 @@ from core.checkpoint import load_checkpoint
 from core.config import Config
 from core.errors import ConfigError
 from core.model import Model
-from core.packed_linear import pack_generator
+from core.packed_linear import pack_model
 from core.sampling import GenerationOptions
 from training.arguments import MAX_SEED, check_checkpoint, check_file, check_out_folder, device, whole
 from training.chat_endpoint import ChatEndpoint
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_out_folder(args.out, "--out")
     questions = _read_questions(args.data, args.limit)
     model = load_checkpoint(args.checkpoint, device=args.device, dtype=DTYPES[args.dtype])
-    pack_generator(model.generator)  # as it is served
+    pack_model(model)  # as it is served
     check_rates(args.rates or (), model.config)
     plan = Plan(
         modes=tuple(args.modes),
