@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed beside the project. CI adds int8: torchao warns whenever transformers is imported, and slows that.
 EXTRAS ?= training,dev
+# Tests that start no server: they run in two processes. Of the others some say how long something may take.
+ALONE = tests/core tests/parity tests/training
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.scaledown-installed
 
@@ -46,7 +48,8 @@ test: setup ## set up, then types, lint, format and the whole test suite
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ALONE)
+	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
 
 # 7 GB: PyPI's torch 2.9 brings the CUDA libraries and does not load without them.
 test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the graphs of both models, and training for Trainium
