@@ -34,7 +34,8 @@ class CompressorConfig:
     projection_dim  hidden width of FC-ReLU-FC; only for `encoder`
     readout         `memory`: hidden state of each memory slot (the paper); `pooled`: mean over equal segments of
                     the chunk; `pointer`: the generator's input embeddings of tokens that a softmax over the chunk picks
-    pointer_window  consecutive memory slots that share one softmax: it picks a start, slot j reads j tokens on
+    pointer_window  consecutive memory slots that share one softmax: it picks a start, slot j reads j tokens on; where
+                    a chunk has no more slots than this, all of them are one window
     pointer_lead    the window begins this many tokens before the token that is pointed at
     order           `query_first` (the paper) or `document_first` (a causal compressor can cache the chunk)
     query_tokens    the query's own budget in compressor tokens; it never eats the chunk's
