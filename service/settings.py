@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     quantize: Literal["int8"] | None = Field(
         default=None,
         description="int8: linear layers multiply in int8, by torchao (the extra `int8`); the golden example is "
-        "compared with a wider tolerance",
+        "compared with a wider tolerance; slower than bfloat16 on a CPU that multiplies that",
     )
     threads: int = Field(
         default=0, ge=0, description="CPU threads of one operation, shared out among the workers; 0: torch decides"

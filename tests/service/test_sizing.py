@@ -167,13 +167,13 @@ def test_the_simulation_repeats_the_measured_runs() -> None:
     result = read_result(BUILT_IN)
     compared = compare_engine(result, fit(result, "built in"), LIMITS)
     assert len(compared) == 9
-    assert all(abs(each.error) < 0.11 for each in compared), compared
+    assert all(abs(each.error) < 0.12 for each in compared), compared
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--rate", "50", "--price", "0.5"]) == 0
     shown = capsys.readouterr().out
-    assert "Intel Xeon" in shown
+    assert "AMD EPYC" in shown
     assert "compressed over text: 1200 prompt tokens saved an answer" in shown
     load = {"command": "load", "settings": {"passages": [10], "passage_tokens": 128, "mode": "compressed"}, "loads": []}
     load["settings"] |= {"requests": 64}  # type: ignore[operator]  # a dict of mixed values
