@@ -31,15 +31,15 @@ def grouped_attention(
     devices, whose fused kernels refuse shared keys beside one, it is transformers' own.
     """
     length, keys = query.shape[2], key.shape[2]
-    if length == 1 and not is_grad_enabled():
+    if is_grad_enabled() or (attention_mask is not None and length > 1 and query.device.type != "cpu"):
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return output, None
+    if length == 1:
         # (B, H, 1, d) -> (B, K, H/K, d), as heads that share keys stand next to each other
         together = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
         output = functional.scaled_dot_product_attention(together, key, value, attn_mask=attention_mask, scale=scaling)
         return output.reshape(query.shape[0], 1, query.shape[1], query.shape[3]), None  # (B, 1, H, d)
-    if is_grad_enabled() or (attention_mask is not None and query.device.type != "cpu"):
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-        return output, None
-    causal = attention_mask is None and length > 1
+    causal = attention_mask is None
     if causal and keys > length:  # the kernel aligns the first query with the first key: queries nobody asks for
         query = functional.pad(query, (0, 0, keys - length, 0))  # (B, H, S, d)
     shared = query.shape[1] != key.shape[1]

@@ -121,9 +121,7 @@ class PointerReadout(nn.Module):
         # Windows of one token must be able to reach every token.
         places = candidates(batch) if self.window > 1 else batch.generator_mask
         logits = self.apart(logits.masked_fill(~places.unsqueeze(1), float("-inf")))
-        # A single window need not have all of its slots.
-        width = min(self.window, max(slots.shape[1], self.lead + 1))
-        weights = self.spread(pick(logits), width)[:, : slots.shape[1]]  # (B, L, G)
+        weights = self.spread(pick(logits))[:, : slots.shape[1]]  # (B, L, G)
         weights = weights * batch.generator_mask.unsqueeze(1)  # a window can reach past the chunk's end
         tokens = embed(batch.generator_ids)  # (B, G, d_generator)
         memory = weights.to(tokens.dtype) @ tokens + self.residual(slots).to(tokens.dtype)
@@ -146,17 +144,14 @@ class PointerReadout(nn.Module):
             chosen.append(torch.where(somewhere, left, following))
         return torch.stack(chosen, dim=1)
 
-    def spread(self, starts: Tensor, width: int) -> Tensor:
-        """Start distributions (B, W, G) -> weights of each window's first slots (B, W * width, G): shifted copies.
-
-        width   slots, more than `lead`
-        """
+    def spread(self, starts: Tensor) -> Tensor:
+        """Start distributions (B, W, G) -> weights of each window's slots (B, W * window, G): shifted copies."""
         size = starts.shape[-1]
-        padded = functional.pad(starts, (width - 1 - self.lead, self.lead))  # (B, W, G + width - 1)
-        # The slice from o on is shifted by width-1-lead-o, so the last one is the first slot's.
-        slices = [padded[..., first : first + size] for first in reversed(range(width))]
-        shifted = torch.stack(slices, dim=2)  # (B, W, width, G)
-        return shifted.flatten(1, 2)  # (B, W * width, G)
+        padded = functional.pad(starts, (self.window - 1 - self.lead, self.lead))  # (B, W, G + window - 1)
+        # The slice from o on is shifted by window-1-lead-o, so the last one is the first slot's.
+        slices = [padded[..., first : first + size] for first in reversed(range(self.window))]
+        shifted = torch.stack(slices, dim=2)  # (B, W, window, G)
+        return shifted.flatten(1, 2)  # (B, W * window, G)
 
 
 def build_readout(

@@ -189,7 +189,7 @@ def test_pointer_weights_are_parts_of_the_chunk(window: int, lead: int, memory: 
 
 def test_spread_shifts_the_start_to_the_right() -> None:
     starts = torch.tensor([[[0.0, 0.25, 0.75, 0.0, 0.0]]])
-    weights = PointerReadout(WIDTH, WIDTH, 3, 1).spread(starts, 3)
+    weights = PointerReadout(WIDTH, WIDTH, 3, 1).spread(starts)
     assert weights.tolist() == [[[0.25, 0.75, 0.0, 0.0, 0.0], [0.0, 0.25, 0.75, 0.0, 0.0], [0.0, 0.0, 0.25, 0.75, 0.0]]]
 
 
