@@ -15,6 +15,7 @@ from core.errors import ConfigError
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,7 +120,8 @@ class LoopConfig:
     epochs, max_steps   whichever ends first; max_steps null: by epochs
     eval_every          steps between evaluations on dev; `patience`: evaluations without a better one before it stops
     save_every          steps between saves of `last/`: what a kill loses at most
-    precision           `bf16`: bf16 autocast with float32 master weights; `fp32`
+    precision           `bf16`: bf16 autocast with float32 master weights; `fp32`; `auto`: bf16 where the hardware
+                        computes in it, else fp32: a CPU without such instructions is ten times slower in bf16
     gradient_checkpointing  trade a second forward for activation memory
     """
 
@@ -132,7 +134,7 @@ class LoopConfig:
     patience: Positive | None = None
     save_every: Positive = 200
     log_every: Positive = 10
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
 

@@ -12,8 +12,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from core.compute_dtype import best_dtype
 from core.model import Model
 from training.batches import TrainExample
+from training.config import Precision
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,8 +55,14 @@ class Runtime(Protocol):
         """What the dev set is evaluated with: the module itself, or a copy where it cannot be."""
         return module
 
-    def autocast(self, precision: str) -> AbstractContextManager[object]:
+    def computes_in_bfloat16(self, precision: Precision) -> bool:
+        """What `loop.precision` means here: `auto` is bfloat16 where the hardware computes in it."""
+        return precision == "bf16" or (precision == "auto" and best_dtype(self.device) == torch.bfloat16)
+
+    def autocast(self, precision: Precision) -> AbstractContextManager[object]:
         """Lower precision for the forward pass; master weights stay float32."""
+        enabled = self.computes_in_bfloat16(precision)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes."""
@@ -78,10 +86,6 @@ class AccelerateRuntime(Runtime):
         self.device = self._state.device
         self.rank = self._state.process_index
         self.world = self._state.num_processes
-
-    def autocast(self, precision: str) -> AbstractContextManager[object]:
-        """bfloat16 autocast where `precision` is bf16."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """One all-reduce of all gradients, flattened; one that no process has stays absent, as with one process."""

@@ -19,11 +19,11 @@ from training.runtime import Runtime
 def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dict[str, Any]], dict[nn.Parameter, str]]:
     """The model with its adapters, AdamW's parameter groups, and a name for every trainable parameter.
 
-    Weights that are trained are float32; with `bf16` the frozen generator is bfloat16. Raises ConfigError where
-    nothing would be trained, and what `build_model` and `start_from` raise.
+    Weights that are trained are float32; the frozen generator is bfloat16 where that is what is computed in. Raises
+    ConfigError where nothing would be trained, and what `build_model` and `start_from` raise.
     """
     model = build_model(config.model, device=runtime.device, dtype=torch.float32, seed=config.loop.seed)
-    if config.loop.precision == "bf16":
+    if runtime.computes_in_bfloat16(config.loop.precision):
         # Frozen: it needs no float32 master copy. Only weights: rotary frequencies are buffers and must stay float32.
         for parameter in model.generator.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)

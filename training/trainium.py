@@ -9,12 +9,12 @@ Where torch_xla is installed, accelerate takes it for every device, also for `au
 
 import copy
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from core.errors import ConfigError
+from training.config import Precision
 from training.runtime import M, Runtime
 
 try:
@@ -44,9 +44,9 @@ class XlaRuntime(Runtime):
         torch_xla.sync()
         return copy.deepcopy(module).to("cpu")
 
-    def autocast(self, precision: str) -> AbstractContextManager[object]:
-        """bfloat16 autocast where `precision` is bf16."""
-        return torch.autocast("xla", dtype=torch.bfloat16, enabled=precision == "bf16")
+    def computes_in_bfloat16(self, precision: Precision) -> bool:
+        """`auto` is bfloat16: a NeuronCore computes in it."""
+        return precision != "fp32"
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """All-reduce in place, as part of the recorded graph; an absent gradient counts as zero."""

@@ -10,7 +10,9 @@ import torch
 from core.errors import ConfigError
 from tests.tiny_training import losses, settings, write_run
 from training.__main__ import main
+from training.config import Precision
 from training.hardware import choose_runtime
+from training.runtime import AccelerateRuntime
 
 HAS_XLA = importlib.util.find_spec("torch_xla") is not None
 
@@ -31,6 +33,16 @@ def test_the_benchmark_prints_rates_from_one_run(
         assert f"{rate:.0f} positions/s" in sentence
     assert f"{measured['share_of_bare']:.1%} (goal 80%)" in sentence
     assert not (tmp_path / "last").exists()
+
+
+def test_auto_is_bfloat16_where_the_hardware_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = AccelerateRuntime()
+    for native in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr("training.runtime.best_dtype", lambda device, native=native: native)
+        expectations: dict[Precision, torch.dtype] = {"auto": native, "bf16": torch.bfloat16, "fp32": torch.float32}
+        for precision, expected in expectations.items():
+            with runtime.autocast(precision):
+                assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == expected
 
 
 @pytest.mark.skipif(HAS_XLA, reason="torch_xla is installed here")
