@@ -156,7 +156,10 @@ def measure_token_costs(model: Model, chunks: int = 2, repeats: int = 3) -> Toke
     prompt = model.template.build(WORDS, [Block(text_ids=text) for text in texts])
 
     def compress() -> None:
-        model.compressor(batch, model.generator.embed)
+        if model.accelerated is not None:
+            model.accelerated(rows, model.generator.embed)
+        else:
+            model.compressor(batch, model.generator.embed)
 
     def prefill() -> None:
         running = DecodeBatch(model.generator, 1, prompt.tokens + 1, passes=model.decode_passes())

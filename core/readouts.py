@@ -47,7 +47,8 @@ def candidates(batch: RowBatch) -> Tensor:
     """
     positions = batch.chunk_positions
     new = positions[:, 1:] != positions[:, :-1]
-    return batch.generator_mask & torch.cat([torch.ones_like(new[:, :1]), new], dim=1)
+    first = torch.ones_like(batch.generator_mask[:, :1])  # (B, 1); `new` has no column where all chunks are one token
+    return batch.generator_mask & torch.cat([first, new], dim=1)
 
 
 class MemoryReadout(nn.Module):

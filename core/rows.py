@@ -12,6 +12,8 @@ from core.config import CompressorConfig
 from core.passages import Chunk
 from core.tokenization import encode, leading_special_ids, pair_special_ids
 
+MAX_PADDING = 0.1  # of a batch's positions: less would make more passes of fewer rows
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkRow:
@@ -130,15 +132,20 @@ def collate_rows(
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of like length so that no padded batch holds more than `max_tokens` positions.
+    """Group rows of like length: no padded batch holds more than `max_tokens` positions, or more padding than
+    `MAX_PADDING` of them.
 
     Returns indices into `lengths`, each exactly once; a row longer than the budget gets a batch of its own.
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Longest first: the first row of a batch is its width.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+    width = real = 0  # of the last batch: its first row's length, and the sum of all of its rows'
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # longest first
+        length = lengths[index]
+        padded = width * (len(batches[-1]) + 1) if batches else 0
+        if batches and padded <= max_tokens and real + length >= (1 - MAX_PADDING) * padded:
             batches[-1].append(index)
+            real += length
         else:
             batches.append([index])
+            width = real = length
     return batches

@@ -1,4 +1,4 @@
-"""Which chunks are compressed together: fair between requests, alike in length, under a token budget.
+"""Which chunks are compressed next: fair between requests, under a token budget.
 
 Knows only lengths: a queue of (job, item, length), no model and no thread.
 """
@@ -26,8 +26,7 @@ class FairQueue(Generic[J, T]):
 
     A job with 200 items therefore never keeps one with a single item waiting for more than one batch (or for the
     turns of the jobs before it, when there are more jobs than a batch holds). Within a job the longest go first, so
-    that items of like length meet; an item less than half as long as the batch waits for shorter company, except the
-    first of its job in each batch.
+    that items of like length meet.
     """
 
     def __init__(self) -> None:
@@ -48,22 +47,18 @@ class FairQueue(Generic[J, T]):
         self._waiting.pop(job, None)
 
     def take(self, max_tokens: int) -> list[Picked[J, T]]:
-        """The next batch: at most `max_tokens` positions with padding, or a single item that is longer on its own."""
+        """The next batch: at most `max_tokens` tokens in all, or a single item that is longer on its own."""
         batch: list[Picked[J, T]] = []
-        width, first_round, taken = 0, True, True
+        total, taken = 0, True
         turn = list(self._waiting)
         while taken:
             taken = False
             for job in turn:
                 items = self._waiting.get(job)
-                if not items or (not first_round and 2 * items[0].length < width):
+                if not items or (batch and total + items[0].length > max_tokens):
                     continue
-                grown = max(width, items[0].length)
-                if batch and (len(batch) + 1) * grown > max_tokens:
-                    continue
-                width, taken = grown, True
                 batch.append(items.popleft())
-            first_round = False
+                total, taken = total + batch[-1].length, True
         self._rotate(batch)
         return batch
 

@@ -11,7 +11,7 @@ from core.errors import ScaledownError
 from core.model import Model
 from core.pipeline import CompressedChunk, build_prompt, compress_rows, gather
 from core.planning import choose_modes
-from core.rows import ChunkRow
+from core.rows import ChunkRow, plan_batches
 from service.batching import FairQueue, Picked
 from service.caches.embeddings import Place, SharedRows
 from service.failures import free_memory, shown
@@ -67,19 +67,20 @@ class Lane:
             self.model.documents.close()
 
     def advance(self) -> bool:
-        """One compression batch, then one turn of the generator. False: nothing to do."""
+        """What the queue gives for one batch is compressed, then one turn of the generator. False: nothing to do."""
         compressed = self._compress_next()
         generated = self.generator.advance()
         return generated or compressed
 
     def _compress_next(self) -> bool:
-        batch = self._rows.take(self._settings.batch_tokens)
-        for picked in batch:
+        taken = self._rows.take(self._settings.batch_tokens)
+        for picked in taken:
             picked.job.mark("queue")
-        if batch:
+        for indices in plan_batches([picked.length for picked in taken], self._settings.batch_tokens):
+            batch = [taken[i] for i in indices]
             self._metrics.observe_batch([picked.length for picked in batch])
             self._compress(batch)
-        return bool(batch)
+        return bool(taken)
 
     def _compress(self, batch: Sequence[Picked[Job, PlacedRow]]) -> None:
         """One forward pass. A batch that fails is halved until only the request that cannot be served is left."""

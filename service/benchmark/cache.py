@@ -17,6 +17,7 @@ from core.costs import clock
 from core.document_cache import DocumentCache, caches_documents
 from core.errors import ConfigError
 from core.model import Model, build_model
+from core.packed_linear import pack_model
 from core.pipeline import compress, prepare
 from service.benchmark.questions import make_questions
 from service.benchmark.statistics import paired_ratios, spread
@@ -29,32 +30,31 @@ CACHE_BYTES = 8 * 2**30  # more than any case needs: nothing is pushed out
 
 
 def cache_models(settings: Settings) -> tuple[Model, Model]:
-    """A model that reads the chunk first and one that reads the query first: of the same weights, or untrained.
+    """A model that reads the chunk first, and one of the same shapes that reads the query first.
 
-    Speed does not depend on training. Raises ConfigError for a checkpoint that has no documents to cache.
+    Speed does not depend on training: but for a checkpoint's own, weights are as they are initialised. Raises
+    ConfigError for a checkpoint that has no documents to cache.
     """
-    if settings.checkpoint is not None:
-        model = load_model(settings)
-        if not caches_documents(model.config):
-            raise ConfigError("checkpoint: must have an n_layers compressor with order document_first")
-        order = replace(model.config.compressor, order="query_first")
-        return model, build_model(
-            Config(compressor=order, generator=GeneratorConfig(base_model=model.base.name)),
-            device=settings.device,
-            dtype=compute_dtype(settings),
-        )
-    first, second = (
-        build_model(
-            Config(
-                compressor=CompressorConfig(n_layers=LAYERS, order=order),
-                generator=GeneratorConfig(base_model=settings.base_model),
-            ),
-            device=settings.device,
-            dtype=compute_dtype(settings),
-        )
-        for order in ("document_first", "query_first")
+    if settings.checkpoint is None:
+        config = CompressorConfig(n_layers=LAYERS, order="document_first")
+        return _untrained(config, settings.base_model, settings), _query_first(config, settings.base_model, settings)
+    model = load_model(settings)
+    if not caches_documents(model.config):
+        raise ConfigError("checkpoint: must have an n_layers compressor with order document_first")
+    return model, _query_first(model.config.compressor, model.base.name, settings)
+
+
+def _query_first(config: CompressorConfig, base_model: str, settings: Settings) -> Model:
+    return _untrained(replace(config, order="query_first"), base_model, settings)
+
+
+def _untrained(config: CompressorConfig, base_model: str, settings: Settings) -> Model:
+    generator = GeneratorConfig(base_model=base_model)
+    model = build_model(
+        Config(compressor=config, generator=generator), device=settings.device, dtype=compute_dtype(settings)
     )
-    return first, second
+    pack_model(model)  # as served
+    return model
 
 
 def run_cache_case(

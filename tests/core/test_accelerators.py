@@ -22,6 +22,7 @@ from core.accelerators.base import CompileSpec
 from core.accelerators.graph import CompressorGraph, example_batch, graph_tensors, longest_row
 from core.compressors import CompressorOutput
 from core.config import CompressorConfig, Config, GeneratorConfig
+from core.costs import measure_token_costs
 from core.errors import ConfigError
 from core.model import Model, build_model
 from core.pipeline import prepare, rows_of
@@ -70,6 +71,14 @@ def test_static_shapes_change_no_result(tiny_llama: Path, tiny_bert: Path, kind:
     accelerated = compiled(model, EagerAccelerator())
     assert_same(accelerated(rows, model.generator.embed), today(model, rows), rows)
     assert sum(accelerated.passes.values()) == -(-len(rows) // 4)
+
+
+def test_token_costs_are_those_of_the_graphs_that_serve(tiny_llama: Path, tiny_bert: Path) -> None:
+    model = tiny_model(tiny_llama, tiny_bert)
+    accelerated = model.accelerated = compiled(model, EagerAccelerator())
+    costs = measure_token_costs(model, repeats=2)
+    assert sum(accelerated.passes.values()) == 3
+    assert costs.compressor_s > 0 < costs.prefill_s
 
 
 def test_windows_of_attention_are_kept(tiny_llama: Path, tiny_modernbert: Path, tiny_mistral: Path) -> None:

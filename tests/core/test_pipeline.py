@@ -114,6 +114,13 @@ def test_compressing_keeps_passages_apart_and_in_order(model: Model) -> None:
             assert len(passage.memory) == sum(len(chunk.memory) for chunk in passage.chunks)
 
 
+def test_a_passage_of_one_token_is_compressed(model: Model) -> None:
+    request = prepare(model, QUERY, [Passage("a")])
+    assert [len(chunk.generator_ids) for chunk in request.chunks] == [1]
+    [[passage]] = compress(model, [request])
+    assert passage.memory.isfinite().all()
+
+
 def test_nothing_to_compress_gives_nothing(model: Model) -> None:
     assert compress(model, []) == []
 

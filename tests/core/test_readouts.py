@@ -156,6 +156,12 @@ def test_a_pointer_reads_one_place_and_learns_from_all() -> None:
     assert readout.query.weight.grad.abs().max() > 1e-6
 
 
+def test_a_chunk_of_one_token_is_read_whole() -> None:
+    batch = batch_of([1, 1], [1, 1])
+    output = PointerReadout(WIDTH, WIDTH, 4, 0)(hidden_for(batch), batch, embed)
+    torch.testing.assert_close(output.memory, embed(batch.generator_ids))
+
+
 def test_a_window_past_either_end_of_the_chunk_reads_nothing_there() -> None:
     batch = batch_of(memory=[4, 4], tokens=[6, 12])
     output = sharp_pointer(window=4, lead=1)(pointing_at(batch, [[5], [0]], 4), batch, embed)
