@@ -1,6 +1,6 @@
 """Retrieve, keep what is relevant, answer: a pipeline of Haystack's over a running service.
 
-    pip install 'scaledown[haystack]'
+    pip install '.[haystack]'
     scaledown serve &
     python examples/haystack_rag.py
 

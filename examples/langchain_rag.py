@@ -1,6 +1,6 @@
 """Retrieve, keep what is relevant, answer: a chain of LangChain's over a running service.
 
-    pip install 'scaledown[langchain]'
+    pip install '.[langchain]'
     scaledown serve &
     python examples/langchain_rag.py
 

@@ -1,6 +1,6 @@
 """Retrieve, keep what is relevant, answer: a query engine of LlamaIndex's over a running service.
 
-    pip install 'scaledown[llamaindex]'
+    pip install '.[llamaindex]'
     scaledown serve &
     python examples/llamaindex_rag.py
 

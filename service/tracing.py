@@ -48,7 +48,7 @@ def configured(settings: Settings) -> bool:
             found = None
         if found is None:
             raise ConfigError(
-                "otlp_endpoint: traces need the packages of the extra `otel`: pip install 'scaledown[otel]'"
+                "otlp_endpoint: traces need the packages of the extra `otel`: pip install '.[otel]' in the repository"
             )
     return True
 

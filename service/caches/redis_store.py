@@ -25,7 +25,7 @@ class RedisStore:
         try:
             import redis
         except ImportError:
-            raise ConfigError("document_cache_redis: needs the extra: pip install 'scaledown[redis]'") from None
+            raise ConfigError("document_cache_redis: needs the extra `redis`: pip install '.[redis]'") from None
         self._error = redis.RedisError
         try:
             self._client = redis.Redis.from_url(

@@ -82,7 +82,7 @@ def load(name: str) -> Any:
         return importlib.import_module(module or _registered(name))
     except ModuleNotFoundError as error:
         extra = "training" if name == "train" else "service"
-        raise ScaledownError(f"{name} needs {error.name}: pip install 'scaledown[{extra}]'") from None
+        raise ScaledownError(f"{name} needs {error.name}: pip install '.[{extra}]' in the repository") from None
 
 
 def _registered(name: str) -> str:

@@ -26,7 +26,7 @@ another one.
 try:
     import ray.serve  # noqa: F401  # only to say what is missing
 except ImportError as error:
-    raise ImportError("service.ray_app needs Ray Serve: pip install 'scaledown[ray]'") from error
+    raise ImportError("service.ray_app needs Ray Serve: pip install '.[ray]' in its repository") from error
 
 from service.ray_app.deployments import build_app
 

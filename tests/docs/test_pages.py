@@ -16,7 +16,7 @@ from tests.docs.conftest import ROOT, Workshop
 from tests.docs.shortening import commands_of, read, split
 
 PAGES = [ROOT / "README.md", ROOT / "docker" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"", "console", "json", "python", "sh"}  # no language: a drawing, such as the README's list of files
+LANGUAGES = {"console", "json", "python", "sh"}
 ADDRESS = re.compile(r"(?:localhost|127\.0\.0\.1):8000")
 RUN = ("console", "python", "sh")
 

@@ -1,6 +1,6 @@
 """The Ray Serve application on a real local cluster, with tiny checkpoints. Takes minutes, and 3 GB of memory.
 
-pip install 'scaledown[ray]' && pytest -m long tests/service/test_ray_app.py
+pip install '.[ray]' && pytest -m long tests/service/test_ray_app.py
 """
 
 import contextlib

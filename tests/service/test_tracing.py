@@ -193,7 +193,7 @@ def test_without_the_packages_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert main(["--otlp-endpoint", "http://127.0.0.1:4318"]) == 2
-    assert "scaledown[otel]" in capsys.readouterr().err
+    assert ".[otel]" in capsys.readouterr().err
 
 
 def test_off_it_is_not_even_imported() -> None:
