@@ -39,7 +39,9 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     shared = _shared_options()
     _add_engine(commands.add_parser("engine", parents=[shared], help="text, compressed and hybrid side by side"))
     _add_load(commands.add_parser("load", parents=[shared], help="a service under closed and open load"))
-    _add_scaling(commands.add_parser("scaling", parents=[shared], help="costs against passages, lengths, concurrency"))
+    _add_scaling(
+        commands.add_parser("scaling", parents=[shared], help="how costs grow, with what")
+    )
     _add_cache(commands.add_parser("cache", parents=[shared], help="passages that were compressed before, and not"))
     return parser
 
@@ -90,6 +92,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add("--lengths", type=_count, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="tokens of a passage")
     add("--variant", choices=("transformers", "text", "compressed", "hybrid"), default="compressed")
     add("--concurrency", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="questions at a time")
+    add("--cached", type=_count, nargs="+", default=[100, 1000, 10_000], help="chunks that a cache holds")
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from core.errors import TooLargeError
 from core.model import Model
 from service.benchmark import engine as variants
 from service.benchmark.cache import cache_models, run_cache_case
+from service.benchmark.cache_size import run_cache_curve
 from service.benchmark.direct import answer_directly
 from service.benchmark.engine import Case, plan_cases, run_case
 from service.benchmark.load import Body, Outcome, closed_loop, connect, open_loop, require_loopback, summarise
@@ -57,12 +58,12 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
 
 
 def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
-    """`scaling`: three curves, each with the other two sizes held."""
+    """`scaling`: three curves, each with the other two sizes held, and one over what a cache holds."""
     model = load_model(settings)
     sizes = {"passages": options.passages, "passage tokens": options.lengths, "concurrency": options.concurrency}
     if options.quick:
         sizes = {name: sorted(values)[:2] for name, values in sizes.items()}
-        options.new_tokens, options.repeats = 4, 1
+        options.new_tokens, options.repeats, options.cached = 4, 1, sorted(options.cached)[:2]
     base = Case(5, 1, options.passage_tokens, QUERY_TOKENS, options.new_tokens)
     result = _frame("scaling", model, settings, options)
     with short_collections():
@@ -70,6 +71,7 @@ def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> 
             run_curve(model, name, values, base, options.variant, options.repeats, notify)
             for name, values in sizes.items()
         ]
+        result["curves"].append(run_cache_curve(sorted(set(options.cached)), options.repeats, notify))
     return result, f"{show_setting(result)}\n\n{show_scaling(result)}"
 
 

@@ -112,8 +112,9 @@ def _scaling(result: Entry) -> Figure:
     for column, curve in enumerate(curves):
         times, memory = panels[0][column], panels[1][column]
         sizes = curve["sizes"]
-        for stage, colour in STAGE_COLOURS.items():
-            _growth(times, curve, [point["stages_s"][stage]["median"] for point in curve["points"]], stage, colour)
+        for stage in curve["points"][0]["stages_s"]:
+            seconds = [point["stages_s"][stage]["median"] for point in curve["points"]]
+            _growth(times, curve, seconds, stage, STAGE_COLOURS.get(stage))
         _growth(times, curve, [point["seconds"]["median"] for point in curve["points"]], "all", "#000000")
         memory.plot(sizes, [point["peak_bytes"] / 2**20 for point in curve["points"]], "o-", color="#0063b1")
         memory.set_xscale("log")
@@ -122,7 +123,7 @@ def _scaling(result: Entry) -> Figure:
     return figure
 
 
-def _growth(axes: Axes, curve: Entry, seconds: Sequence[float], name: str, colour: str) -> None:
+def _growth(axes: Axes, curve: Entry, seconds: Sequence[float], name: str, colour: str | None) -> None:
     slope = curve["slopes"].get(f"{name}, s", {}).get("exponent")
     label = name if slope is None else f"{name} ~ x^{slope:.2f}"
     if any(seconds):

@@ -60,16 +60,18 @@ def _timed_run(model: Model, case: Case, variant: str, seed: int) -> dict[str, f
     return stages.values
 
 
-def summarise(over: str, sizes: Sequence[int], variant: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of each point, and a slope of every stage, of all of them and of memory."""
+def summarise(
+    over: str, sizes: Sequence[int], variant: str, points: Sequence[dict[str, Any]], names: Sequence[str] = STAGES
+) -> dict[str, Any]:
+    """Medians of each point, and a slope of every stage in `names`, of all of them and of memory."""
     shown = []
     for size, point in zip(sizes, points, strict=True):
         runs = point["runs"]
-        stages = {stage: asdict(spread([run.get(stage, 0.0) for run in runs])) for stage in STAGES}
+        stages = {stage: asdict(spread([run.get(stage, 0.0) for run in runs])) for stage in names}
         seconds = asdict(spread([sum(run.values()) for run in runs]))
         kept = {name: value for name, value in point.items() if name != "runs"}
         shown.append({"size": size, "seconds": seconds, "stages_s": stages, **kept})
-    costs = {f"{stage}, s": [point["stages_s"][stage]["median"] for point in shown] for stage in STAGES}
+    costs = {f"{stage}, s": [point["stages_s"][stage]["median"] for point in shown] for stage in names}
     costs["all, s"] = [point["seconds"]["median"] for point in shown]
     costs["memory, bytes"] = [float(point["working_bytes"]) for point in shown]
     slopes = {name: asdict(fit_slope(sizes, values)) for name, values in costs.items()} if len(shown) > 1 else {}

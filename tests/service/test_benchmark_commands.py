@@ -64,10 +64,11 @@ def test_scaling_fits_each_stage(root: Path, tmp_path: Path) -> None:
         "passages": [1, 2],
         "passage tokens": [32, 64],
         "concurrency": [1, 2],
+        "cached chunks": [100, 1000],
     }
     for curve in result["curves"]:
         assert all(set(slope) == {"per_unit", "fixed", "exponent"} for slope in curve["slopes"].values())
-        assert all({"prompt_tokens", "peak_bytes", "seconds"} < set(point) for point in curve["points"])
+        assert all({"peak_bytes", "seconds", "stages_s"} < set(point) for point in curve["points"])
     assert (tmp_path / "scaling.svg").exists()
 
 
