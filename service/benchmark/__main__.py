@@ -39,9 +39,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     shared = _shared_options()
     _add_engine(commands.add_parser("engine", parents=[shared], help="text, compressed and hybrid side by side"))
     _add_load(commands.add_parser("load", parents=[shared], help="a service under closed and open load"))
-    _add_scaling(
-        commands.add_parser("scaling", parents=[shared], help="how costs grow, with what")
-    )
+    _add_scaling(commands.add_parser("scaling", parents=[shared], help="how costs grow, with what"))
     _add_cache(commands.add_parser("cache", parents=[shared], help="passages that were compressed before, and not"))
     return parser
 
