@@ -95,9 +95,10 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says first: transformers and the hub's client go on for pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException, folder: Path | None = None) -> str:
+    """What a library's error says first: transformers and the hub's client go on for pages; `folder` by its name."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if folder is None else line.replace(str(folder), folder.name)
 
 
 def _cache_folder() -> Path:

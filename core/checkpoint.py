@@ -34,8 +34,9 @@ from core.golden import read_golden, write_golden
 from core.golden_check import record_golden, verify_golden
 from core.manifest import ALLOWED, DTYPES, dtype_name, parse_json, read_bounded, read_manifest, write_manifest
 from core.model import Model, build_compressor, place
+from core.pretrained import check_causal_size, check_layers, read_config
 from core.prompts import PromptTemplate
-from core.tensor_files import check_tensors, read_into, read_tensors, shapes_of, write_tensors
+from core.tensor_files import check_tensors, read_header, read_into, read_tensors, shapes_of, write_tensors
 
 COMPRESSOR, ENCODER, ADAPTER, MERGED = "compressor.safetensors", "compressor_base", "generator.safetensors", "generator"
 
@@ -162,6 +163,8 @@ def _assemble(
             raise CheckpointError(
                 f"{name}/: is {'missing' if expected else 'there'}, which config.json does not expect"
             )
+    if config.generator.merged:
+        check_causal_size(folder / MERGED)
     generator = load_generator(base, device=device, dtype=dtype)
     adapter = read_adapter(folder, generator, config, stored)
     if adapter is not None and config.generator.lora is not None:
@@ -175,7 +178,10 @@ def _assemble(
 def _load_compressor(folder: Path, config: Config, generator: Generator, stored: torch.dtype) -> Compressor:
     """The compressor in float32 on the CPU."""
     encoder = folder / ENCODER if config.compressor.kind == "encoder" else None
+    tensors = len(read_header(folder / COMPRESSOR))
     try:
+        if encoder is not None:
+            check_layers(read_config(encoder), tensors)
         # First without memory: a config may ask for any size, but the file's tensors are of the size they are.
         with torch.device("meta"):
             shapes = shapes_of(build_compressor(config, generator, encoder))

@@ -13,10 +13,11 @@ from pydantic.dataclasses import dataclass
 
 from core.errors import ConfigError
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", strict=True)  # no "8", no 8.0 and no true for 8; an integer is a number, too
 T = TypeVar("T")
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
+MAX_WINDOW = 4096
 Kind = Literal["n_layers", "encoder"]
 Readout = Literal["memory", "pooled", "pointer"]
 Order = Literal["query_first", "document_first"]
@@ -49,8 +50,8 @@ class CompressorConfig:
     n_layers: Positive = 8
     projection_dim: Positive = 8096
     readout: Readout = "memory"
-    pointer_window: Positive = 8
-    pointer_lead: Annotated[int, Field(ge=0)] = 1
+    pointer_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = 8
+    pointer_lead: Annotated[int, Field(ge=0, le=MAX_WINDOW)] = 1
     order: Order = "query_first"
     query_tokens: Positive = 64
     chunk_tokens: Positive = 128
@@ -151,9 +152,12 @@ def parse_config(kind: type[T], values: Any, source: str) -> T:
     `source` names where they came from, for the message. Raises ConfigError that lists every offending key.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        # As JSON, in which a list may be a tuple and a mapping a dataclass though types are strict.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ConfigError(f"{source}: {'; '.join(map(_in_our_words, error.errors()))}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # YAML can say what JSON cannot, such as a date as a key
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _in_our_words(problem: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.generator import Generator
-from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots, Prefix
+from core.kv_slots import CAPACITY_STEP, AttentionMasks, KVSlots, PromptPrefix
 from core.prompts import Prompt, stack_prompts
 
 IDLE_FACTOR = 4  # an empty batch gives back slots that are this much more than what comes next needs
@@ -59,7 +59,9 @@ class TorchPasses:
     A prompt that begins with `prefix` (`read_prefix`) shares its keys and values.
     """
 
-    def __init__(self, generator: Generator, max_sequences: int, max_tokens: int, prefix: Prefix | None = None) -> None:
+    def __init__(
+        self, generator: Generator, max_sequences: int, max_tokens: int, prefix: PromptPrefix | None = None
+    ) -> None:
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         config = generator.model.config
         self._generator = generator
@@ -89,12 +91,17 @@ class TorchPasses:
         length = batch.ids.shape[1]
         ids, memory_mask = batch.ids[:, shared:].to(device), batch.memory_mask[:, shared:].to(device)  # (B, T) each
         self._cache.begin_prefill(first, prefix)
-        hidden = generator.hidden_states(
-            generator.splice(ids, memory_mask, batch.memory.to(device)),  # (B, T, d)
-            mask=self._masks.prefill(shared, length, device),
-            positions=torch.arange(shared, length, device=device)[None],
-            cache=self._cache,
-        )
+        try:
+            hidden = generator.hidden_states(
+                generator.splice(ids, memory_mask, batch.memory.to(device)),  # (B, T, d)
+                mask=self._masks.prefill(shared, length, device),
+                positions=torch.arange(shared, length, device=device)[None],
+                cache=self._cache,
+            )
+        except BaseException:
+            if not first:
+                self._cache.clear()  # what did not fit is not kept for a smaller batch that may
+            raise
         ends = torch.tensor([prompt.tokens for prompt in prompts], device=device) - 1 - shared
         return generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])
 
@@ -115,7 +122,7 @@ class TorchPasses:
 
 
 @torch.inference_mode()
-def read_prefix(generator: Generator, ids: Sequence[int]) -> Prefix:
+def read_prefix(generator: Generator, ids: Sequence[int]) -> PromptPrefix:
     """Read tokens that prompts begin with (`PromptTemplate.prefix`) once, for every `DecodeBatch` of these weights."""
     tokens = torch.tensor(ids, dtype=torch.int64, device=generator.device)
     size, config = len(tokens), generator.model.config

@@ -14,7 +14,7 @@ import torch
 from core.decode_passes import DecodePasses, TorchPasses
 from core.errors import CancelledError, OverloadedError, TooLargeError
 from core.generator import Generator
-from core.kv_slots import Prefix
+from core.kv_slots import PromptPrefix
 from core.prompts import Prompt
 from core.rows import plan_batches
 from core.sampling import GenerationOptions, RowSampler
@@ -83,7 +83,7 @@ class DecodeBatch:
         generator: Generator,
         max_sequences: int,
         max_tokens: int,
-        prefix: Prefix | None = None,
+        prefix: PromptPrefix | None = None,
         passes: DecodePasses | None = None,
     ) -> None:
         self.generator = generator

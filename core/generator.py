@@ -6,7 +6,6 @@ Also merges low-rank adapters into its weights (LoRA, arXiv 2106.09685, eq. 3), 
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from core.attention import GROUPED
 from core.base_models import BaseModel, first_line
 from core.config import LoraConfig
 from core.errors import BaseModelError, CheckpointError
+from core.pretrained import load_pretrained
 from core.prompts import end_of_turn_id
 from core.tokenization import load_tokenizer
 
@@ -103,24 +103,17 @@ def load_generator(
 ) -> Generator:
     """Load the frozen causal language model in `base.path`. Raises BaseModelError where it cannot be used."""
     tokenizer = load_tokenizer(base.path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path,
-            dtype=dtype,
-            attn_implementation=GROUPED,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaseModelError(f"{base.name} cannot be loaded as a causal language model: {first_line(error)}") from None
+    model = load_pretrained(
+        AutoModelForCausalLM, base, "a causal language model", dtype=dtype, attn_implementation=GROUPED
+    )
     unknown = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_KINDS
     if unknown:
         raise BaseModelError(f"{base.name} has layers of kind {', '.join(sorted(unknown))}, which cannot be served")
     try:
         generator = Generator(model, tokenizer)
-    except ValueError as error:  # an encoder's tokenizer has no end of a turn
-        raise BaseModelError(f"{base.name} cannot be a generator: {error}") from None
+    # An encoder's tokenizer has no end of a turn; and a chat template is a program, which may raise anything.
+    except Exception as error:
+        raise BaseModelError(f"{base.name} cannot be a generator: {first_line(error)}") from None
     return generator.to(device).eval().requires_grad_(False)
 
 

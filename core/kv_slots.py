@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-CAPACITY_STEP = 128  # positions; capacity grows to a multiple of this, and at least doubles
+CAPACITY_STEP = 128  # positions; capacity is a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class PromptPrefix:
     """Tokens that many prompts begin with, and their keys and values.
 
     ids  (P,) int64; layers  for each layer keys and values `(1, kv_heads, P, head_dim)`
@@ -48,7 +48,7 @@ class PassCache:
 class KVSlots(PassCache):
     """Per layer, keys and values `(slots, kv_heads, capacity, head_dim)`; transformers' attention calls `update`.
 
-    slots, capacity  allocated so far; `reserve` grows them, up to `max_slots` and `max_capacity`
+    slots, capacity  allocated; at most `max_slots` and `max_capacity`
     """
 
     def __init__(self, layers: int, max_slots: int, max_capacity: int) -> None:
@@ -58,22 +58,30 @@ class KVSlots(PassCache):
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers  # made by the first pass, which knows their shape
         self._first = 0  # of a prefill: its first slot
-        self._prefix: Prefix | None = None  # of a prefill: what its rows go on from
+        self._prefix: PromptPrefix | None = None  # of a prefill: what its rows go on from
         self._positions: Tensor | None = None  # (n,) int64 of a decode step: where each row writes; None: prefill
         self._rows = torch.empty(0, dtype=torch.int64)  # of a decode step: 0 .. n - 1
         self._width = 0  # of a decode step: positions that are attended to
 
     def reserve(self, slots: int, capacity: int) -> None:
-        """Make room for `slots` sequences of `capacity` positions; grows in big steps and keeps what is there."""
-        if slots > self.slots:
-            self.slots = min(max(slots, 2 * self.slots), self._max[0])
+        """Make room for `slots` sequences of `capacity` positions; what the first `slots` slots hold is kept.
+
+        Capacity grows to what is asked, and then slots that are not asked for go; slots grow by a quarter at least,
+        since sequences join one by one. So no more than 5/4 of the most slots asked for at this capacity are held.
+        Where memory runs out, all is as it was.
+        """
         if capacity > self.capacity:
-            stepped = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-            self.capacity = min(max(stepped, 2 * self.capacity), self._max[1])
-        for tensors in (self._keys, self._values):
-            for layer, old in enumerate(tensors):
-                if old is not None and (old.shape[0], old.shape[2]) != (self.slots, self.capacity):
-                    tensors[layer] = self._grown(old)
+            capacity = min(-(-capacity // CAPACITY_STEP) * CAPACITY_STEP, self._max[1])
+        elif slots > self.slots:
+            slots, capacity = min(max(slots, self.slots * 5 // 4), self._max[0]), self.capacity
+        else:
+            return
+        try:
+            self._resize(slots, capacity)
+        except BaseException:
+            self._resize(self.slots, self.capacity)  # or some layers would keep memory that the next try needs
+            raise
+        self.slots, self.capacity = slots, capacity
 
     def clear(self) -> None:
         """Give all memory back; what was stored is gone."""
@@ -85,16 +93,18 @@ class KVSlots(PassCache):
         """Memory held now."""
         return sum(tensor.nbytes for tensor in (*self._keys, *self._values) if tensor is not None)
 
-    def begin_prefill(self, first: int, prefix: Prefix | None = None) -> None:
+    def begin_prefill(self, first: int, prefix: PromptPrefix | None = None) -> None:
         """The next forward pass writes prompts to the slots from `first` on: whole ones, or what follows `prefix`."""
         self._first, self._prefix, self._positions = first, prefix, None
 
-    def prefix(self, ids: Tensor) -> Prefix:
+    def prefix(self, ids: Tensor) -> PromptPrefix:
         """What slot 0 holds, as a prefix of the tokens `ids` (P,) that a prefill has put there."""
         size = len(ids)
         pairs = zip(self._keys, self._values, strict=True)
         layers = [(keys, values) for keys, values in pairs if keys is not None and values is not None]
-        return Prefix(ids, tuple((keys[:1, :, :size].clone(), values[:1, :, :size].clone()) for keys, values in layers))
+        return PromptPrefix(
+            ids, tuple((keys[:1, :, :size].clone(), values[:1, :, :size].clone()) for keys, values in layers)
+        )
 
     def begin_decode(self, positions: Tensor, width: int) -> None:
         """The next forward pass writes one token a row at `positions` `(n,)` and reads positions [0, width)."""
@@ -139,11 +149,22 @@ class KVSlots(PassCache):
             tensor[self._rows, :, self._positions] = new[:, :, 0]  # (n, kv_heads, head_dim)
         return tensor
 
-    def _grown(self, old: Tensor) -> Tensor:
-        slots, heads, capacity, head_dim = old.shape
-        new = old.new_zeros(self.slots, heads, self.capacity, head_dim)
-        new[:slots, :, :capacity] = old
-        return new
+    def _resize(self, slots: int, capacity: int) -> None:
+        """Layer by layer, so that only one is there twice."""
+        for tensors in (self._keys, self._values):
+            for layer, old in enumerate(tensors):
+                if old is not None and (old.shape[0], old.shape[2]) != (slots, capacity):
+                    kept = old[:slots, :, :capacity]
+                    new = old.new_zeros(slots, old.shape[1], capacity, old.shape[3])
+                    new[: kept.shape[0], :, : kept.shape[2]] = kept
+                    tensors[layer] = new
+
+
+def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """Heads of a layer's keys and values, and the width of each."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(head_dim)
 
 
 class AttentionMasks:
@@ -177,13 +198,13 @@ class AttentionMasks:
         """Of one token a row at `positions` `(n,)` over slots cut to `width`: `(n, 1, 1, width)`."""
         return self.between(positions[:, None], torch.arange(width, device=positions.device)[None])
 
-    def between(self, positions: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+    def between(self, positions: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Masks `(B, 1, T, K)` of queries at `positions` `(B, T)` over keys at the positions `keys` `(B or 1, K)`.
 
-        A key behind every query, at whatever position, is seen by none.
+        A key behind every query, at whatever position, is seen by none; `seen` `(B, T, K)` bool can hide more.
         """
         distance = positions[:, None, :, None] - keys[:, None, None, :]  # (B, 1, T, K)
-        full = distance >= 0
+        full = distance >= 0 if seen is None else (distance >= 0) & seen[:, None]
         sliding = full if self._window is None else full & (distance < self._window)
         if self._kinds:
             by_kind = {"full_attention": full, "sliding_attention": sliding}

@@ -97,7 +97,9 @@ def write_manifest(
     folder: Path, *, dtype: torch.dtype, base: BaseModel, encoder: BaseModel | None, training: Mapping[str, Any]
 ) -> None:
     """List what is in `folder` now: the last file of a checkpoint to be written."""
-    files = {name: FileRecord(sha256=_sha256(folder / name), bytes=size) for name, size in sorted(scan(folder).items())}
+    files = {
+        name: FileRecord(sha256=sha256_of(folder / name), bytes=size) for name, size in sorted(scan(folder).items())
+    }
     manifest = Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         dtype=dtype_name(dtype),
@@ -129,7 +131,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
             raise CheckpointError(f"{name}: is not listed in {MANIFEST}")
         if found[name] != expected[name].bytes:
             raise CheckpointError(f"{name}: has {found[name]} bytes, {MANIFEST} says {expected[name].bytes}")
-        if _sha256(folder / name) != expected[name].sha256:
+        if sha256_of(folder / name) != expected[name].sha256:
             raise CheckpointError(f"{name}: its sha256 is not the one in {MANIFEST}")
     return manifest, hashlib.sha256(text).hexdigest()
 
@@ -189,7 +191,8 @@ def parse_json(kind: type[T], data: bytes, name: str) -> T:
         raise CheckpointError(f"{name}: is not JSON") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, in hex."""
     with path.open("rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from core.base_models import BaseModel, resolve_base_model
 from core.compressors import Compressor, CompressorOutput, EncoderCompressor, NLayersCompressor
@@ -15,10 +14,11 @@ from core.compressors.n_layers import first_layers_state
 from core.config import Config
 from core.decode_passes import DecodePasses
 from core.document_cache import DocumentCache
-from core.errors import BaseModelError, ConfigError
+from core.errors import ConfigError
 from core.generator import Generator, load_generator
 from core.golden import Golden
 from core.policy import TokenCosts
+from core.pretrained import load_pretrained, read_config
 from core.prompts import PromptTemplate
 from core.readouts import Embed
 from core.rows import ChunkRow
@@ -95,12 +95,7 @@ def build_model(
 
 def _encoder_state(base: BaseModel) -> dict[str, Tensor]:
     """Weights of an encoder, float32. Raises BaseModelError where transformers cannot load it."""
-    try:
-        loaded = AutoModel.from_pretrained(
-            base.path, local_files_only=True, trust_remote_code=False, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaseModelError(f"{base.name} cannot be loaded as an encoder: {error}") from None
+    loaded = load_pretrained(AutoModel, base, "an encoder", unneeded="pooler.", dtype=torch.float32)
     return {name: value for name, value in loaded.state_dict().items() if not name.startswith("pooler.")}
 
 
@@ -126,9 +121,5 @@ def build_compressor(config: Config, generator: Generator, folder: Path | None, 
             return NLayersCompressor(
                 config.compressor, generator.model.config, generator.tokenizer, generator.hidden_size
             ).float()
-        try:
-            encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            tokenizer = load_tokenizer(folder)
-        except (OSError, ValueError) as error:
-            raise BaseModelError(f"{folder.name}: is not the folder of an encoder: {error}") from None
+        encoder_config, tokenizer = read_config(folder), load_tokenizer(folder)
         return EncoderCompressor(config.compressor, encoder_config, tokenizer, generator.hidden_size).float()

@@ -88,6 +88,8 @@ def chunk_passage(
 def _cuts(content: str, spans: Indices, before: Indices, budget: int) -> Iterator[int]:
     """Token indices at which chunks begin, but for the first."""
     total = len(spans)
+    if total <= budget and before[total] - before[0] <= budget:
+        return
     # Byte-level tokens can share one character: a cut between them would tear it.
     whole = np.append(spans[1:, 0] >= spans[:-1, 1], True)  # whole[t]: a cut after token t is clean
     clean = np.flatnonzero(whole) + 1
@@ -105,7 +107,8 @@ def _cuts(content: str, spans: Indices, before: Indices, budget: int) -> Iterato
         room = (chunks_left - 1) * budget  # what the chunks behind this one can hold, in either kind of token
         at_least = max(total - room, int(np.searchsorted(before, before[total] - room)))
         first = _best_cut((sentences, words, clean), first, limit, target, at_least)
-        yield first
+        if first < total:  # not so where the last token alone is over the budget
+            yield first
 
 
 def _best_cut(kinds: tuple[Indices, ...], first: int, limit: int, target: float, at_least: int) -> int:

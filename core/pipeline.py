@@ -69,6 +69,11 @@ class CompressedPassage:
         return torch.cat([chunk.memory for chunk in self.chunks])
 
     @property
+    def memory_tokens(self) -> int:
+        """Memory embeddings of the passage."""
+        return sum(len(chunk.memory) for chunk in self.chunks)
+
+    @property
     def tokens(self) -> int:
         """Generator tokens of the passage as text."""
         return sum(chunk.tokens for chunk in self.chunks)

@@ -27,18 +27,21 @@ def plan_request(
     given   for each chunk, what came compressed; empty: nothing did
 
     Raises InvalidInputError for a rate the checkpoint was not trained for, and where the prompt is over its bound
-    without any passage.
+    without any passage: the caller's, or what `max_new_tokens` leaves of the model's positions.
     """
     frame = model.template.frame(request.query, len(request.passages))
-    bound = policy.max_prompt_tokens
+    bound, room, positions = policy.max_prompt_tokens, _room(model, policy, max_new_tokens), model.generator.max_tokens
     if bound is not None and frame[0] > bound:
         message = f"is {bound}, but the prompt takes {frame[0]} tokens without any passage"
         raise InvalidInputError("max_prompt_tokens", message)
+    if room is not None and room < frame[0] < positions:
+        message = f"is {max_new_tokens}, but without any passage the prompt takes {frame[0]} of {positions} positions"
+        raise InvalidInputError("max_new_tokens", message)
     rates = model.config.compressor.rates
     asked = rates[0] if rate is None else rate
     coarser = sorted(each for each in rates if each > asked) if policy.mode == "auto" else []
     sizes = {each: _sizes(model, request, each, given) for each in (asked, *coarser)}
-    return plan(policy, sizes, frame, _room(model, policy, max_new_tokens), model.costs)
+    return plan(policy, sizes, frame, room, model.costs)
 
 
 def _room(model: Model, policy: Policy, max_new_tokens: int) -> int | None:
@@ -71,7 +74,7 @@ def choose_modes(
         policy = replace(policy, hybrid_top=model.config.prompt.hybrid_top)
     text = [len(ids) or None for ids in passage_text_ids(request)]
     candidates = [
-        Candidate(i, compressed[i].relevance, text[i], len(compressed[i].memory) if compressed[i].chunks else None)
+        Candidate(i, compressed[i].relevance, text[i], compressed[i].memory_tokens if compressed[i].chunks else None)
         for i in rerank(compressed)
     ]
     frame = model.template.frame(request.query, len(candidates))

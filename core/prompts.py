@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from core.base_models import first_line
 from core.config import PromptConfig
+from core.errors import BaseModelError
 from core.tokenization import encode, leading_special_ids
 
 SYSTEM, USER, ASSISTANT = "\ue000system\ue001", "\ue000user\ue001", "\ue000assistant\ue001"
@@ -89,11 +91,18 @@ class Prompt:
 
 
 class PromptTemplate:
-    """`config`'s words and `tokenizer`'s chat template, tokenised once. Safe to share between threads once built."""
+    """`config`'s words and `tokenizer`'s chat template, tokenised once. Safe to share between threads once built.
+
+    Raises BaseModelError for a chat template that does not work.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         self.tokenizer = tokenizer
-        self._head, self._tail, self.end_id = _chat_segments(tokenizer, config.system)
+        try:
+            self._head, self._tail, self.end_id = _chat_segments(tokenizer, config.system)
+        # A chat template is a program, which may raise anything.
+        except Exception as error:
+            raise BaseModelError(f"the generator's chat template cannot be used: {first_line(error)}") from None
         self._background = encode(tokenizer, "Background:").ids
         self._question = encode(tokenizer, "\nQuestion: ").ids
         self._labels: dict[int, list[int]] = {}
@@ -128,7 +137,8 @@ class PromptTemplate:
     def frame(self, query: str, passages: int) -> list[int]:
         """Tokens of a prompt around its passages, by how many there are: from none to `passages`."""
         labels = (len(self._label(number)) for number in range(1, passages + 1))
-        return list(accumulate(labels, initial=len(self.layout(query, ()).ids)))
+        around = len(self._head) + len(self._background) + len(self.question_ids(query))
+        return list(accumulate(labels, initial=around))
 
     def build(self, query: str, blocks: Sequence[Block]) -> Prompt:
         """The prompt of `query` with one block a passage, in the order given."""

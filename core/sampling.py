@@ -12,6 +12,7 @@ from core.errors import InvalidInputError
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class GenerationOptions:
             raise InvalidInputError("temperature", "must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise InvalidInputError("top_p", "must be over 0 and at most 1")
-        if self.top_k < 0:
-            raise InvalidInputError("top_k", "must be 0 or more")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise InvalidInputError("top_k", f"must be from 0 to {MAX_TOP_K}")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise InvalidInputError("seed", f"must be from 0 to {MAX_SEED}")
         if len(self.stop) > MAX_STOPS:

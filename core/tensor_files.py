@@ -33,27 +33,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype)
         raise CheckpointError(f"{path.name}: cannot be written ({error})") from None
 
 
+def read_header(path: Path) -> dict[str, tuple[torch.Size, str]]:
+    """Shape and stored type, by safetensors' name, of every tensor of `path`. Raises CheckpointError."""
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        return {name: (torch.Size(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+
+
 def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: DTypes) -> None:
     """Check by the header of `path` alone that it holds exactly the tensors of `shapes`, stored as `dtype`.
 
     Takes no memory for a file that does not fit. Raises CheckpointError that names the tensor that is missing,
     unknown, or of the wrong shape or type.
     """
-    with _open(path) as file:
-        names = set(file.keys())
-        missing, unknown = sorted(shapes.keys() - names), sorted(names - shapes.keys())
-        if missing:
-            raise CheckpointError(f"{path.name}: lacks {len(missing)} tensors, first {missing[0]}")
-        if unknown:
-            raise CheckpointError(f"{path.name}: has {len(unknown)} unknown tensors, first {unknown[0]}")
-        for name in sorted(names):
-            header = file.get_slice(name)
-            shape, stored = tuple(header.get_shape()), header.get_dtype()
-            if shape != shapes[name]:
-                raise CheckpointError(f"{path.name}: {name} has shape {shape}, not {shapes[name]}")
-            expected = STORED[dtype if isinstance(dtype, torch.dtype) else dtype[name]]
-            if stored != expected:
-                raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {expected}")
+    header = read_header(path)
+    missing, unknown = sorted(shapes.keys() - header.keys()), sorted(header.keys() - shapes.keys())
+    if missing:
+        raise CheckpointError(f"{path.name}: lacks {len(missing)} tensors, first {missing[0]}")
+    if unknown:
+        raise CheckpointError(f"{path.name}: has {len(unknown)} unknown tensors, first {unknown[0]}")
+    for name, (shape, stored) in sorted(header.items()):
+        if tuple(shape) != shapes[name]:
+            raise CheckpointError(f"{path.name}: {name} has shape {tuple(shape)}, not {shapes[name]}")
+        expected = STORED[dtype if isinstance(dtype, torch.dtype) else dtype[name]]
+        if stored != expected:
+            raise CheckpointError(f"{path.name}: {name} is stored as {stored}, not {expected}")
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: DTypes) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from core.base_models import first_line
 from core.errors import BaseModelError
 
 
@@ -20,10 +21,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `folder`. Raises BaseModelError where there is none (spans need a fast one)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"no usable tokenizer in {folder}: {error}") from None
+    # transformers raises whatever a malformed file makes it stumble over.
+    except Exception as error:
+        raise BaseModelError(f"{folder.name}: no usable tokenizer: {first_line(error, folder)}") from None
     if not tokenizer.is_fast:
-        raise BaseModelError(f"the tokenizer in {folder} has no fast version, so character spans are not known")
+        raise BaseModelError(f"{folder.name}: the tokenizer has no fast version, so character spans are not known")
     backend = tokenizer.backend_tokenizer
     # Set once, here: changing them per call is not thread-safe, and sentence encoders ship with both switched on.
     backend.no_truncation()

@@ -28,6 +28,11 @@ def tiny_llama(tiny_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_teacher(tiny_folder: Path, tiny_llama: Path) -> Path:
+    return tiny_models.build_teacher(tiny_folder / "teacher", tiny_llama)
+
+
+@pytest.fixture(scope="session")
 def tiny_mistral(tiny_folder: Path) -> Path:
     return tiny_models.build_mistral(tiny_folder / "mistral")
 

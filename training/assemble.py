@@ -51,7 +51,10 @@ def assemble_rows(
     config: AssemblyConfig,
     dropped: Counter[str],
 ) -> Iterator[Row]:
-    """One row an example, in order; `dropped` counts the examples that give none, by reason."""
+    """One row an example, in order; `dropped` counts the examples that give none, by reason.
+
+    `find_positives` comes first where `without_positives` is `distant`.
+    """
     all_scores = retriever.scores([example.query for example in examples])
     progress = tqdm(examples, desc="negatives", unit="row", disable=None)
     for example, scores in zip(progress, all_scores, strict=True):
@@ -65,6 +68,22 @@ def assemble_rows(
         yield Row(example.id, example.query, shuffled, example.answers, example.teacher_answer)
 
 
+def find_positives(examples: Sequence[Example], collection: Collection, retriever: Retriever) -> list[Example]:
+    """`examples`, those without passages with the best retrieved one that contains an answer as their positive.
+
+    Done before a split, which keeps what is positive on one side away from the other.
+    """
+    found = list(examples)
+    bare = [index for index, example in enumerate(examples) if not (example.positives or example.unjudged)]
+    all_scores = retriever.scores([examples[index].query for index in bare])
+    for index, scores in zip(tqdm(bare, desc="positives", unit="row", disable=None), all_scores, strict=True):
+        best = first_answering(examples[index], scores, collection, DISTANT_DEPTH)
+        if best is not None:
+            positive = replace(collection.passages[best], relevance=1.0)
+            found[index] = replace(examples[index], positives=(positive,))
+    return found
+
+
 def _passages(
     example: Example, scores: Scores, collection: Collection, config: AssemblyConfig, rng: np.random.Generator
 ) -> list[RowPassage]:
@@ -75,10 +94,7 @@ def _passages(
         if config.without_positives == "unjudged":
             best = islice(ranked(scores), config.passages)
             return [replace(collection.passages[index], relevance=None) for index in best]
-        found = first_answering(example, scores, collection, DISTANT_DEPTH) if example.answers else None
-        if config.without_positives == "skip" or found is None:
-            return []
-        example = replace(example, positives=(collection.passages[found],))
+        return []
     positives = list({passage.content: passage for passage in example.positives}.values())
     kept = [_judged(passage, 1.0) for passage in positives[: config.passages]]
     kept += example.unjudged[: config.passages - len(kept)]
@@ -88,10 +104,9 @@ def _passages(
         example, scores, collection, room - drawn, mine=config.mine, drop_answers=config.drop_answer_passages
     )
     random = random_negatives(example, collection, room - len(hard), hard, rng) if config.mine else []
-    given = {passage.content: passage for passage in example.negatives}
-    negatives = [given.get(collection.texts[index], collection.passages[index]) for index in hard]
-    negatives = [_judged(passage, 0.0) for passage in negatives]
-    negatives += [replace(collection.passages[index], relevance=0.0) for index in random]
+    given = {passage.content: _judged(passage, 0.0) for passage in example.negatives}
+    mined = [collection.passages[index] for index in (*hard, *random)]  # some answer another question
+    negatives = [given.get(passage.content, replace(passage, relevance=0.0)) for passage in mined]
     if config.match_titles and not all(passage.title for passage in kept):
         negatives = [replace(passage, title="") for passage in negatives]
     return kept + negatives

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 from core.config import Mode
 from core.model import Model
-from core.pipeline import PreparedRequest, prepare, rows_of
+from core.pipeline import PreparedRequest, passage_text_ids, prepare, rows_of
 from core.rows import ChunkRow
 from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
-from training.examples import POSITIVE_RELEVANCE
 from training.teacher_logits import TeacherLogits, TokenTargets
 
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
@@ -128,7 +127,7 @@ def make_question(model: Model, row: Row, data: DataConfig, logits: TeacherLogit
 
 def find_siblings(rows: Sequence[Row]) -> list[list[int]]:
     """For each row, the others that have exactly the same relevant passages; none for a row without any."""
-    keys = [frozenset(p.content for p in row.passages if (p.relevance or 0) >= POSITIVE_RELEVANCE) for row in rows]
+    keys = [frozenset(p.content for p in row.passages if p.relevant) for row in rows]
     same: dict[frozenset[str], list[int]] = {}
     for index, key in enumerate(keys):
         same.setdefault(key, []).append(index)
@@ -155,8 +154,8 @@ def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[lis
 
     The second value says that the relevant ones were left out on purpose (`data.empty_share`).
     """
-    relevant = [passage for passage in row.passages if (passage.relevance or 0) > 0.5]
-    others = [passage for passage in row.passages if (passage.relevance or 0) <= 0.5]
+    relevant = [passage for passage in row.passages if passage.relevant]
+    others = [passage for passage in row.passages if not passage.relevant]
     empty = bool(relevant and others) and rng.random() < data.empty_share
     wanted = data.passages or len(row.passages)
     rng.shuffle(relevant)
@@ -187,7 +186,7 @@ def find_hits(
     windowed = model.config.compressor.pointer_window > 1
     spans_of: dict[int, list[tuple[int, int]]] = {}
     for index, passage in enumerate(passages):
-        irrelevant = passage.relevance is not None and passage.relevance <= 0.5
+        irrelevant = passage.relevance is not None and not passage.relevant
         spans_of[index] = [] if irrelevant or not words else [m.span() for m in pattern.finditer(passage.content)]
     hits = []
     for chunk in request.chunks:
@@ -199,6 +198,14 @@ def find_hits(
             found.update(tokens)
         hits.append(sorted(found))
     return hits
+
+
+def prompt_tokens(model: Model, request: PreparedRequest, rows: Sequence[ChunkRow], mode: Mode) -> int:
+    """Positions of the generator's prompt; in `hybrid` the most there can be: scores decide what is shown as text."""
+    texts = sorted(map(len, passage_text_ids(request)), reverse=True)
+    shown = {"compressed": 0, "hybrid": model.config.prompt.hybrid_top, "text": len(texts)}[mode]
+    memory = 0 if mode == "text" else sum(row.memory_tokens for row in rows)
+    return model.template.frame(request.query, len(texts))[-1] + memory + sum(texts[:shown])
 
 
 def example_tokens(model: Model, example: TrainExample) -> int:

@@ -10,6 +10,7 @@ from training.intervals import Bootstrap, Interval
 from training.metrics import roc_auc
 
 Values = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,12 @@ class Calibration:
 class NoAnswer:
     """How well the best relevance tells answerable questions from the same ones with only irrelevant passages.
 
-    `auc` is over all questions; `calibration` is None where there is but one.
+    best_of     mean number of passages whose best is taken, the same with gold passages and without
+    auc         over all questions; 0.5 for a ranker that scores at random
+    calibration None where there is but one question
     """
 
+    best_of: float
     auc: Interval
     calibration: Calibration | None
 
@@ -138,35 +142,43 @@ def measure_no_answer(questions: Sequence[Scored], bootstrap: Bootstrap) -> NoAn
     Each passage is scored alone, so a question without its gold passages needs no second pass: their scores are left
     out. Raises ValueError without questions.
     """
-    with_gold = [max(scores) for scores, _ in questions]
-    without = [_best_irrelevant(question) for question in questions]
-    auc = bootstrap.paired(roc_auc, with_gold, without)
-    order = np.random.default_rng(bootstrap.seed).permutation(len(questions))
-    fit, held = ([questions[i] for i in half] for half in np.array_split(order, 2))
-    return NoAnswer(auc, calibrate(fit, held) if held else None)
+    random = np.random.default_rng(bootstrap.seed)
+    order = random.permutation(len(questions))
+    best = np.asarray([best_scores(question, random) for question in questions])  # (questions, 2)
+    fit, held = np.array_split(order, 2)
+    return NoAnswer(
+        best_of=float(np.mean([len(gold) - sum(gold) for _, gold in questions])),
+        auc=bootstrap.paired(roc_auc, best[:, 0].tolist(), best[:, 1].tolist()),
+        calibration=_calibrate(questions, best, fit, held) if held.size else None,
+    )
 
 
-def calibrate(fit: Sequence[Scored], held: Sequence[Scored]) -> Calibration:
-    """Scaling and threshold from `fit`, their quality on `held`."""
-    platt = fit_platt(*_flatten(fit))
-    threshold = min(1.0, best_threshold(*_best_relevances(fit, platt)))
-    scores, labels = _flatten(held)
+def best_scores(question: Scored, random: np.random.Generator) -> tuple[float, float]:
+    """The best score with the gold passages among them, and the best of the irrelevant ones alone.
+
+    Both are of equally many scores: the best of more is higher by chance alone. So as many irrelevant passages, drawn
+    by `random`, make way as there are gold ones; of more gold passages than irrelevant ones, as many are drawn.
+    """
+    order = random.permutation(len(question[0]))
+    scores, gold = np.asarray(question[0], np.float64)[order], np.asarray(question[1], bool)[order]
+    irrelevant = scores[~gold]
+    with_gold = np.concatenate([scores[gold], irrelevant])[: irrelevant.size]
+    return float(with_gold.max()), float(irrelevant.max())
+
+
+def _calibrate(questions: Sequence[Scored], best: Values, fit: Indices, held: Indices) -> Calibration:
+    """Scaling and threshold from the questions `fit`, their quality on those of `held`; `best` is (questions, 2)."""
+    platt = fit_platt(*_flatten([questions[i] for i in fit]))
+    answerable, unanswerable = platt(best).T  # (questions,) each
+    threshold = min(1.0, best_threshold(answerable[fit], unanswerable[fit]))
+    scores, labels = _flatten([questions[i] for i in held])
     return Calibration(
         platt.scale,
         platt.bias,
         threshold,
-        balanced_accuracy(*_best_relevances(held, platt), threshold),
+        balanced_accuracy(answerable[held], unanswerable[held], threshold),
         calibration_error(platt(scores), labels),
     )
-
-
-def _best_relevances(questions: Sequence[Scored], platt: PlattScaling) -> tuple[Values, Values]:
-    """The best calibrated relevance of each question, with and without its gold passages."""
-    return platt([max(scores) for scores, _ in questions]), platt([_best_irrelevant(each) for each in questions])
-
-
-def _best_irrelevant(question: Scored) -> float:
-    return max(score for score, gold in zip(*question, strict=True) if not gold)
 
 
 def _flatten(questions: Sequence[Scored]) -> tuple[list[float], list[bool]]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import httpx
 
-from core.errors import ScaledownError
+from core.errors import ConfigError, ScaledownError
 
 Message = dict[str, str]
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+REFUSED = frozenset({400, 413, 422})  # this one chat cannot be served; most often it is too long for the model
 MAX_WAIT_S = 30.0
+SHOWN_CHARACTERS = 300  # of a reply that is no answer
 
 
 class EndpointError(ScaledownError):
@@ -37,20 +39,51 @@ class ChatEndpoint:
     timeout_s: float = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back for one chat.
+
+    text      empty where the model said nothing
+    cut       the text ends where `max_tokens` did, not where the model would have ended it
+    refusal   why the endpoint does not take this chat; empty where it does
+    """
+
+    text: str
+    cut: bool = False
+    refusal: str = ""
+
+
+def check_url(url: str, option: str) -> None:
+    """Raises ConfigError that names `option` where `url` is none that can be asked."""
+    try:
+        parsed = httpx.URL(url)
+        good = parsed.scheme in ("http", "https") and bool(parsed.host)
+    except httpx.InvalidURL:
+        good = False
+    if not good:
+        raise ConfigError(f"{option}: must be a URL such as http://host:port/v1")
+
+
 def complete_chats(
     endpoint: ChatEndpoint,
     chats: Sequence[Sequence[Message]],
     max_tokens: int,
     *,
+    may_refuse: bool = False,
     transport: httpx.BaseTransport | None = None,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[str]:
-    """The greedy reply to each chat, in order. Raises EndpointError. `transport` and `sleep` are replaced in tests."""
+) -> list[Reply]:
+    """The greedy reply to each chat, in order. `transport` and `sleep` are replaced in tests.
+
+    may_refuse   a chat that the endpoint answers with one of the statuses REFUSED has a reply that says so
+
+    Raises EndpointError.
+    """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
 
-    def ask(chat: Sequence[Message]) -> str:
+    def ask(chat: Sequence[Message]) -> Reply:
         body = {"model": endpoint.model, "messages": list(chat), "temperature": 0, "max_tokens": max_tokens}
-        return _ask(client, endpoint, body, sleep)
+        return _ask(client, endpoint, body, sleep, may_refuse=may_refuse)
 
     with (
         httpx.Client(headers=headers, timeout=endpoint.timeout_s, transport=transport) as client,
@@ -64,7 +97,14 @@ def complete_chats(
             raise
 
 
-def _ask(client: httpx.Client, endpoint: ChatEndpoint, body: dict[str, object], sleep: Callable[[float], None]) -> str:
+def _ask(
+    client: httpx.Client,
+    endpoint: ChatEndpoint,
+    body: dict[str, object],
+    sleep: Callable[[float], None],
+    *,
+    may_refuse: bool,
+) -> Reply:
     """One reply; waits, ever longer, and asks again where the endpoint is busy or out of reach."""
     problem = "was never asked"
     for attempt in range(endpoint.tries):
@@ -75,14 +115,16 @@ def _ask(client: httpx.Client, endpoint: ChatEndpoint, body: dict[str, object], 
             problem = f"cannot be reached ({type(error).__name__})"
         else:
             if response.is_success:
-                return _content(response)
-            problem = f"answers HTTP {response.status_code}"
+                return _read(endpoint, response)
+            problem = f"HTTP {response.status_code}: {_shown(endpoint, response)}"
+            if may_refuse and response.status_code in REFUSED:
+                return Reply("", refusal=_name(endpoint, problem))
             if response.status_code not in RETRIED:
                 break
             wait = _retry_after(response, wait)
         if attempt + 1 < endpoint.tries:
             sleep(wait)
-    raise EndpointError(f"the endpoint of {endpoint.model!r} {problem}")
+    raise EndpointError(_name(endpoint, problem))
 
 
 def _retry_after(response: httpx.Response, otherwise: float) -> float:
@@ -91,9 +133,23 @@ def _retry_after(response: httpx.Response, otherwise: float) -> float:
     return min(MAX_WAIT_S, float(value)) if value.isdecimal() else otherwise
 
 
-def _content(response: httpx.Response) -> str:
-    """The text of the first choice, empty where the model said nothing. Raises EndpointError for another form."""
+def _read(endpoint: ChatEndpoint, response: httpx.Response) -> Reply:
+    """The first choice. Raises EndpointError for another form."""
     try:
-        return str(response.json()["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError):
-        raise EndpointError("the endpoint does not reply in the form of /chat/completions") from None
+        choice = response.json()["choices"][0]
+        return Reply(str(choice["message"]["content"] or ""), cut=choice.get("finish_reason") == "length")
+    except (AttributeError, ValueError, LookupError, TypeError):
+        problem = f"does not reply in the form of /chat/completions: {_shown(endpoint, response)}"
+        raise EndpointError(_name(endpoint, problem)) from None
+
+
+def _shown(endpoint: ChatEndpoint, response: httpx.Response) -> str:
+    """The beginning of the body; the key, which some servers repeat, is left out."""
+    text = response.text.replace(endpoint.api_key, "***") if endpoint.api_key else response.text
+    return " ".join(text[:SHOWN_CHARACTERS].split())
+
+
+def _name(endpoint: ChatEndpoint, problem: str) -> str:
+    """`problem` with the model's name and the URL, without what may be secret in it."""
+    url = httpx.URL(endpoint.url).copy_with(userinfo=b"", query=None)
+    return f"the endpoint {url} of {endpoint.model!r}: {problem}"

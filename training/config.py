@@ -1,6 +1,7 @@
 """Training configurations: dataclasses <- YAML <- `a.b=c` overrides, unknown keys refused. Nothing is trained here."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,19 +19,27 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
+class Loader(yaml.SafeLoader):
+    """Reads `2e-4` as the number that it is in YAML 1.2; in YAML 1.1, without a point, it is text."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """What is read, and how a row becomes an example.
 
     train, dev        files of rows, as `training prepare` and `training label` write them; `pretrain`: of texts
     logits            folder of the teacher's logits, as `training label --logits` writes them; for loss.kl
-    passages          passages an example gets: all relevant ones first, then others, shuffled; 0: all of the row
+    passages          passages an example gets: all relevant ones first, then others, shuffled; 0: all of the row.
+                      Answers on dev are from all of the row, as they would be served
     text_passages     how many of these an example in `text` mode keeps, whose prompts cost several times as much
     text_questions    most questions that share the passages of one text prompt: rows with the same relevant passages
                       are answered side by side, none seeing another, at little more than the cost of one
     empty_share       share of examples whose relevant passages are taken away: they train relevance only
     answer_tokens     longer target answers are cut
-    prompt_tokens     examples with a longer generator prompt are skipped and counted
+    prompt_tokens     examples whose generator prompt and answer are longer are skipped and counted
     modes             share of examples that reach the generator in each mode
     dev_questions     rows of `dev` used while training; 0: all
     on_bad_row        `skip`: count and report bad rows; `refuse`: stop before training
@@ -64,7 +73,7 @@ class LossConfig:
     kl                divergence from the teacher's stored top-k logits, at `kl_temperature`
     relevance         on relevance scores, a mean over passages: the paper's lambda, on a sum, times its 5 passages is
                       0.25; `relevance_kind`: `mse` to a teacher reranker's scores (the paper), `bce` or `bce_listwise`
-                      to 0/1 labels
+                      to 0/1 labels or probabilities
     alignment         pointer readout only: minus log of the probability that a pointer finds the answer's tokens
     """
 
@@ -191,7 +200,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, source: str) -> Any:
     """What YAML `text` says. Raises ConfigError, in one line that begins with `source`."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=Loader)  # a safe one
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""

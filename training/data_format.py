@@ -19,12 +19,19 @@ from typing import Any, TextIO, cast
 from core.passages import Passage
 from training.data_quality import DataError, ReadPolicy, ReadReport, RowError, parse_records
 
+RELEVANT = 0.5  # relevance at or above which a passage counts as relevant, for labels in 0..1
+
 
 @dataclass(frozen=True, slots=True)
 class RowPassage(Passage):
     """A passage of a row. `relevance`: 1 gold, 0 negative, or a teacher reranker's score; None: not known."""
 
     relevance: float | None = None
+
+    @property
+    def relevant(self) -> bool:
+        """Whether it is known to be relevant."""
+        return self.relevance is not None and self.relevance >= RELEVANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def parse_list(values: dict[str, Any], name: str) -> list[Any]:
     return cast(list[Any], values[name])
 
 
-def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
+def parse_passage(values: Any, where: str, max_chars: int | None) -> RowPassage:
     """A passage from plain JSON: an object, or a string that is its text. Raises RowError."""
     if isinstance(values, str):
         values = {"text": values}
@@ -99,7 +106,7 @@ def parse_passage(values: Any, where: str, max_chars: int) -> RowPassage:
         raise RowError("missing field", f"{where}.text is missing")
     text = check_string(values["text"], f"{where}.text")
     title = check_string(values["title"], f"{where}.title") if values.get("title") else ""
-    if len(text) + len(title) > max_chars:
+    if max_chars is not None and len(text) + len(title) > max_chars:
         raise RowError(
             "over-long passage", f"{where} has {len(text) + len(title)} characters, the limit is {max_chars}"
         )
@@ -143,7 +150,7 @@ def parse_answers(values: dict[str, Any], *, needed: bool) -> tuple[str, ...]:
 def parse_json_line(line: bytes) -> dict[str, Any]:
     """One line of JSONL as an object. Raises RowError."""
     try:
-        values = json.loads(line.decode())
+        values = json.loads(line.decode("utf-8-sig"))  # Windows programs begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
         raise RowError("broken line", f"not JSON: {error}") from None
     if not isinstance(values, dict):

@@ -42,12 +42,12 @@ class RowError(ValueError):
 class ReadPolicy:
     """What is done about bad rows: `skip` counts them, `refuse` raises at the first one.
 
-    max_passage_chars    a passage over this many characters makes its row bad
+    max_passage_chars    a passage over this many characters makes its row bad; None: none is too long
     need_answer          a row without a gold answer or a teacher's answer is bad
     """
 
     on_problem: Literal["skip", "refuse"] = "skip"
-    max_passage_chars: int = 20_000
+    max_passage_chars: int | None = None
     need_answer: bool = True
 
 

@@ -1,6 +1,8 @@
 """Retrieval with embedding models from transformers: dense bi-encoders and SPLADE. Knows no examples and no rows."""
 
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from core.base_models import first_line
 from core.errors import BaseModelError, ConfigError
@@ -49,16 +52,48 @@ class _Encoder:
 
 
 class DenseEncoder(_Encoder):
-    """Mean of the last hidden states, unit length (Reimers and Gurevych 2019): the dot product is the cosine."""
+    """The last hidden states' mean, or the first of them where the model's 1_Pooling/config.json says so, unit length.
+
+    The dot product is then the cosine (Reimers and Gurevych 2019). Raises BaseModelError for another pooling.
+    """
 
     def __init__(self, model: str) -> None:
         super().__init__(AutoModel, model)
+        self._first = _pools_first(model)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, d) float32."""
         hidden, mask = self.forward(texts)
-        mean = (hidden.float() * mask).sum(dim=1) / mask.sum(dim=1)  # (B, d)
+        first = mask.cumsum(dim=1) == 1 if self._first else True  # (B, T, 1), under any padding
+        weights = mask * first
+        mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)  # (B, d)
         return torch.nn.functional.normalize(mean, dim=-1)
+
+    def windows(self, text: str) -> list[str]:
+        """`text` in pieces of as many tokens as the model reads at once."""
+        pieces = self.tokenizer(
+            text, truncation=True, max_length=MAX_TOKENS, return_overflowing_tokens=True, return_offsets_mapping=True
+        )["offset_mapping"]  # (windows, T, 2); an added token covers nothing
+        if len(pieces) == 1:
+            return [text]
+        spans = [[span for span in piece if span[1]] for piece in pieces]
+        return [text[piece[0][0] : piece[-1][1]] for piece in spans]
+
+
+def _pools_first(model: str) -> bool:
+    """Whether a sentence encoder was trained with its first token as the text's embedding, not with the mean of all."""
+    try:
+        file = cached_file(model, "1_Pooling/config.json")
+    except OSError:
+        file = None
+    if file is None:  # it does not say
+        return False
+    values = json.loads(Path(file).read_text(encoding="utf-8"))
+    marker = "pooling_mode_"
+    modes = {key.removeprefix(marker) for key, value in values.items() if key.startswith(marker) and value is True}
+    if modes not in ({"cls_token"}, {"mean_tokens"}):
+        raise BaseModelError(f"retriever model {model}: pools by {', '.join(modes)}, not by cls_token or mean_tokens")
+    return modes == {"cls_token"}
 
 
 class SpladeEncoder(_Encoder):

@@ -9,10 +9,10 @@ import torch
 
 from core.errors import ConfigError, InputError
 from core.model import Model
-from core.pipeline import prepare
+from core.pipeline import prepare, rows_of
 from core.sampling import GenerationOptions
 from training.answering import Compressed, compress_batch, generate_batch, needs_compression
-from training.batches import TrainExample, make_example, micro_batches
+from training.batches import TrainExample, make_example, micro_batches, prompt_tokens
 from training.config import TrainConfig
 from training.data_format import Row
 from training.metrics import best_over_references, exact_match, gold_first, token_f1
@@ -27,7 +27,7 @@ OPTIONS = GenerationOptions(max_new_tokens=32)
 def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
     """Losses per token, passage or row; `pointer` accuracy, `gold_first`, and `f1_<mode>`, `em_<mode>` of answers."""
     objective.eval()
-    rows = [row for row in rows if can_be_read(objective.model, row)]
+    rows = [row for row in rows if can_be_read(objective.model, row, config)]
     examples = [make_example(objective.model, row, config.data, config.loss, f"dev/{row.id}") for row in rows]
     scores = dev_losses(objective, examples, config)
     scores |= served_scores(objective.model, rows, config)
@@ -35,13 +35,17 @@ def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig)
     return scores
 
 
-def can_be_read(model: Model, row: Row) -> bool:
-    """Whether the pipeline accepts the row: a question that it refuses must not end a run."""
+def can_be_read(model: Model, row: Row, config: TrainConfig) -> bool:
+    """Whether the pipeline accepts the row in every mode: a question that it refuses must not end a run."""
     try:
-        prepare(model, row.query, row.passages)
+        request = prepare(model, row.query, row.passages)
     except InputError:
         return False
-    return True
+    rows = rows_of(model, request)
+    room = model.generator.max_tokens - 1  # for a first token of the answer
+    return not config.loss.needs_generator or all(
+        prompt_tokens(model, request, rows, mode) <= room for mode in config.data.modes
+    )
 
 
 @torch.no_grad()
@@ -65,10 +69,11 @@ def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: T
 def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
     """`gold_first`, and `f1_<mode>` and `em_<mode>` of greedy answers at the default rate, whatever the loss trains.
 
-    A batch of questions is compressed once, for its ranking and for the answers in every mode.
+    From all passages of each row, as they would be served. A batch of questions is compressed once, for its ranking
+    and for the answers in every mode.
     """
     ranks, answers = config.loss.relevance > 0, config.loss.needs_generator
-    settings = [Setting(mode, None, config.data.passages) for mode in config.data.modes] if answers else []
+    settings = [Setting(mode, rate=None, passages=0) for mode in config.data.modes] if answers else []
     values: dict[str, list[float]] = {"gold_first": []} if ranks else {}
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
@@ -95,7 +100,7 @@ def rank_gold(rows: Sequence[Row], compressed: Compressed) -> list[float]:
     """
     firsts = []
     for row, passages in zip(rows, compressed, strict=True):
-        gains = [float((passage.relevance or 0) > 0.5) for passage in row.passages]
+        gains = [float(passage.relevant) for passage in row.passages]
         if 0 < sum(gains) < len(gains):
             scores = [max(chunk.score for chunk in passage.chunks) for passage in passages]
             if any(math.isnan(score) for score in scores):

@@ -21,10 +21,10 @@ from core.model import Model
 from core.packed_linear import pack_model
 from core.sampling import GenerationOptions
 from training.arguments import MAX_SEED, check_checkpoint, check_file, check_out_folder, device, whole
-from training.chat_endpoint import ChatEndpoint
+from training.chat_endpoint import ChatEndpoint, check_url
 from training.data_format import read_rows
 from training.data_quality import DataError
-from training.evaluation import MODES, Plan, evaluate, judge_answers
+from training.evaluation import MODES, Plan, evaluate, judge_answers, too_long
 from training.intervals import Bootstrap
 from training.questions import Question, to_questions
 from training.report import settings_table, write_report
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, summarise and report. Raises ScaledownError for what the user can mend."""
     if (args.judge_url is None) != (args.judge_model is None):
         raise ConfigError("--judge-url and --judge-model go together")
+    if args.judge_url is not None:
+        check_url(args.judge_url, "--judge-url")
     check_checkpoint(args.checkpoint, "--checkpoint")
     check_file(args.data, "--data")
     check_out_folder(args.out, "--out")
@@ -109,13 +111,16 @@ def run(args: argparse.Namespace) -> None:
     described = _describe_run(args, model, len(questions))
     baseline = _read_baseline(args.text_baseline, described)
     results = ResultsFile.open(args.out / "results.jsonl", described)
+    left_out = too_long(model, questions, plan)
+    questions = _without(questions, left_out)
     evaluate(model, questions, results, plan)
     if args.judge_url is not None:
         key = os.environ.get(args.judge_key_env, "")
         judge_answers(ChatEndpoint(args.judge_url, args.judge_model, key), questions, results)
+    kept = {question.id for question in questions}
     summary = summarise(
-        described | {"environment": _environment(args)},
-        results.records,
+        described | {"left_out": left_out, "environment": _environment(args)},
+        [record for record in results.records if record.question in kept],
         Bootstrap(args.resamples, seed=args.seed),
         baseline,
     )
@@ -131,6 +136,21 @@ def _read_questions(data: Path, limit: int | None) -> list[Question]:
     if not rows:
         raise DataError(f"--data {data}: no usable rows; `prepare` writes such files")
     return to_questions(rows[:limit])
+
+
+def _without(questions: Sequence[Question], left_out: Sequence[str]) -> list[Question]:
+    """The questions that every mode can answer; says which are not. Raises DataError where none is left."""
+    dropped = set(left_out)
+    kept = [question for question in questions if question.id not in dropped]
+    if not kept:
+        raise DataError("no question's prompt fits the generator with its answer; give fewer --passages")
+    if dropped:
+        log.warning(
+            "%d of %d questions are left out in every mode, as prompt and answer may not fit the generator; the first: "
+            "%s; all stand in result.json",
+            *(len(dropped), len(questions), ", ".join(left_out[:10])),
+        )
+    return kept
 
 
 def check_rates(rates: Sequence[int], config: Config) -> None:
@@ -166,11 +186,12 @@ def _environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_baseline(path: Path | None, described: dict[str, Any]) -> list[Record]:
-    """Another run's records on the same questions. Raises ConfigError where the data differs."""
+    """Another run's records on the same questions. Raises ConfigError where it answered them otherwise."""
     if path is None:
         return []
     check_file(path, "--text-baseline")
     baseline = read_results(path)
-    if baseline.run.get("data_sha256") != described["data_sha256"]:
-        raise ConfigError(f"--text-baseline {path}: was measured on other data")
+    alike = ("data_sha256", "max_new_tokens", "dtype")
+    if differing := [key for key in alike if baseline.run.get(key) != described[key]]:
+        raise ConfigError(f"--text-baseline {path}: {', '.join(differing)} differ; evaluate both alike")
     return baseline.records

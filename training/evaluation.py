@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from core.config import Mode
 from core.model import Model
-from core.pipeline import prepare
+from core.pipeline import passage_text_ids, prepare, rows_of
 from core.planning import plan_request
 from core.policy import Policy
 from core.sampling import GenerationOptions
@@ -83,10 +83,32 @@ def evaluate(model: Model, questions: Sequence[Question], results: ResultsFile, 
     _measure_costs(model, questions, results, plan)
 
 
+def too_long(model: Model, questions: Sequence[Question], plan: Plan) -> list[str]:
+    """Ids of the questions that no fair comparison can hold: in a mode of `plan`, prompt and answer may not fit.
+
+    Raises InputError for a rate that was not trained.
+    """
+    room = model.generator.max_tokens - plan.options.max_new_tokens
+    return [question.id for question in questions if _longest_prompt(model, question, plan) > room]
+
+
+def _longest_prompt(model: Model, question: Question, plan: Plan) -> int:
+    """Most tokens of a prompt, whichever passages `hybrid` will show as text too; `auto` keeps within its bound."""
+    request = prepare(model, question.query, question.with_passages(max(plan.passages)).passages)
+    texts = [len(ids) for ids in passage_text_ids(request)]
+    memory = sum(row.memory_tokens for row in rows_of(model, request, min(plan.rates)))
+    most_relevant = sum(sorted(texts, reverse=True)[: model.config.prompt.hybrid_top])
+    shown = {"text": sum(texts), "compressed": memory, "hybrid": memory + most_relevant}
+    frame = model.template.frame(request.query, len(texts))[-1]
+    return frame + max((shown[mode] for mode in plan.modes), default=0)
+
+
 def _key(record: Record) -> tuple[object, ...]:
     """What a record is about: none is made twice."""
     if isinstance(record, RankingRecord):
         return record.kind, record.question, record.ranker, record.passages
+    if isinstance(record, JudgementRecord):
+        return record.kind, record.question, record.setting, record.judge
     return record.kind, record.question, record.setting
 
 
@@ -171,22 +193,30 @@ def _measure_costs(model: Model, questions: Sequence[Question], results: Results
 
 
 def judge_answers(endpoint: ChatEndpoint, questions: Sequence[Question], results: ResultsFile) -> None:
-    """Add a judgement of every answer that has none yet. Raises EndpointError; what was judged before it is kept."""
+    """Add the endpoint's judgement of every answer to `questions` that it has not judged yet.
+
+    Raises EndpointError; what was judged before it is kept.
+    """
     done = {_key(record) for record in results.records}
     by_id = {question.id: question for question in questions}
     todo = [
         record
         for record in results.records
-        if isinstance(record, AnswerRecord) and ("judgement", record.question, record.setting) not in done
+        if isinstance(record, AnswerRecord)
+        and record.question in by_id
+        and ("judgement", record.question, record.setting, endpoint.model) not in done
     ]
     cases = [Case(by_id[record.question].query, by_id[record.question].references, record.answer) for record in todo]
-    position = 0
-    with tqdm(total=len(todo), desc="judging", unit="answer", disable=None) as progress:
+    position = unreadable = 0
+    with tqdm(total=len(todo), desc=f"judging with {endpoint.model}", unit="answer", disable=None) as progress:
         for scores in judge(endpoint, cases):
             block = todo[position : position + len(scores)]
             results.append(
-                JudgementRecord(record.question, record.setting, score)
+                JudgementRecord(record.question, record.setting, score, endpoint.model)
                 for record, score in zip(block, scores, strict=True)
             )
             position += len(scores)
+            unreadable += scores.count(None)
             progress.update(len(scores))
+    if unreadable:
+        log.warning("%s: %d of %d verdicts could not be read", endpoint.model, unreadable, len(todo))

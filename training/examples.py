@@ -7,8 +7,6 @@ from training.answer_match import answer_words, contains, words
 from training.data_format import RowPassage, parse_answers, parse_id, parse_list, parse_passage, parse_string
 from training.data_quality import ReadPolicy
 
-POSITIVE_RELEVANCE = 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -45,7 +43,7 @@ def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
         if passage.relevance is None:
             unjudged.append(passage)
         else:
-            (positives if passage.relevance >= POSITIVE_RELEVANCE else negatives).append(passage)
+            (positives if passage.relevant else negatives).append(passage)
     return Example(identifier, query, answers, tuple(positives), tuple(negatives), tuple(unjudged), teacher)
 
 

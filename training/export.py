@@ -96,7 +96,9 @@ def read_source(folder: Path, base_model: str | None = None) -> Source:
         return _read_checkpoint(folder, base_model)
     state = folder / "best" if (folder / "best").is_dir() else folder
     if not (state / "compressor.safetensors").is_file():
-        raise CheckpointError(f"{folder}: holds neither a checkpoint ({MANIFEST}) nor a run's weights (best/)")
+        stopped = (folder / "last" / "compressor.safetensors").is_file()
+        hint = f"; the state this run stopped at is {folder / 'last'}" if stopped else ""
+        raise CheckpointError(f"{folder}: holds neither a checkpoint ({MANIFEST}) nor a run's weights (best/){hint}")
     return _read_run(state, base_model)
 
 

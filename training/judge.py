@@ -54,4 +54,4 @@ def judge(
     size = 4 * endpoint.concurrency
     for start in range(0, len(cases), size):
         chats = [judge_messages(case) for case in cases[start : start + size]]
-        yield [parse_verdict(reply) for reply in complete_chats(endpoint, chats, _MAX_TOKENS, transport=transport)]
+        yield [parse_verdict(reply.text) for reply in complete_chats(endpoint, chats, _MAX_TOKENS, transport=transport)]

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from core.base_models import resolve_base_model
 from core.config import PromptConfig
 from core.errors import ConfigError
 from core.generator import load_generator
+from training.answer_match import answer_words, contains, words
 from training.arguments import check_file, check_out_file, check_out_folder, device, whole
-from training.chat_endpoint import ChatEndpoint
+from training.chat_endpoint import ChatEndpoint, check_url
 from training.cross_encoder import CrossEncoder
 from training.data_format import Row, read_rows, write_rows
 from training.data_quality import DataError, ReadPolicy
@@ -58,6 +60,7 @@ class LabelConfig:
     reranker         a cross-encoder; empty: relevance stays as it is
     score            `logit`: the cross-encoder's raw score (OSCAR sec. 4.4); `probability`: its sigmoid
     relabel          answer again where the row already has a teacher's answer
+    must_contain_gold  an answer of the teacher's without any gold answer in it is not taken; the paper takes it
     """
 
     teacher: str = ""
@@ -68,6 +71,7 @@ class LabelConfig:
     reranker: str = ""
     score: Literal["logit", "probability"] = "logit"
     relabel: bool = False
+    must_contain_gold: bool = False
 
     def __post_init__(self) -> None:
         if not self.teacher and not self.reranker:
@@ -76,6 +80,8 @@ class LabelConfig:
             raise ConfigError("--endpoint: also name the model there with --teacher")
         if self.endpoint and self.top_k:
             raise ConfigError("--logits: an endpoint gives no token ids; use a local teacher")
+        if self.endpoint:
+            check_url(self.endpoint, "--endpoint")
 
 
 def label_rows(
@@ -95,7 +101,7 @@ def label_rows(
                 between the two makes the block again, shard and all
     tokenizer   fingerprint of the teacher's tokenizer, written with the logits
     """
-    silent = 0
+    missing: Counter[str] = Counter()
     waiting = [(number, row) for number, row in enumerate(rows) if row.id not in journal.rows]
     with tqdm(
         total=len(rows), initial=len(rows) - len(waiting), desc="labelling", unit="row", disable=None
@@ -103,23 +109,35 @@ def label_rows(
         for start in range(0, len(waiting), block):
             number = waiting[start][0]
             members = [row for _, row in waiting[start : start + block]]
-            answers = _ask(members, teacher, relabel=config.relabel)
+            answers = _ask(members, teacher, config)
             if logits is not None:
                 targets = {i: answer.targets for i, answer in answers.items() if answer.targets is not None}
                 write_shard(shard_path(logits, number), list(targets), list(targets.values()), tokenizer)
-            silent += sum(not answer.text for answer in answers.values())
+            missing.update(answer.missing for answer in answers.values() if answer.missing)
             labelled = [_with_answer(row, answers.get(row.id)) for row in members]
             journal.add(_with_scores(labelled, reranker, config.score) if reranker else labelled)
             progress.update(len(members))
-    if silent:
-        log.warning("%d rows: the teacher said nothing, or its prompt had no room; their gold answers stay", silent)
+    for reason, count in missing.most_common():
+        log.warning("%d rows keep the answers they came with: %s", count, reason)
     return [journal.rows[row.id] for row in rows]
 
 
-def _ask(rows: Sequence[Row], teacher: Teacher | None, *, relabel: bool) -> dict[str, TeacherAnswer]:
+def _ask(rows: Sequence[Row], teacher: Teacher | None, config: LabelConfig) -> dict[str, TeacherAnswer]:
     """The teacher's answers by row id, for the rows that are to be answered."""
-    asked = [row for row in rows if relabel or row.teacher_answer is None] if teacher else []
-    return dict(zip([row.id for row in asked], teacher.answer(asked), strict=True)) if teacher and asked else {}
+    asked = [row for row in rows if config.relabel or row.teacher_answer is None]
+    if teacher is None or not asked:
+        return {}
+    answers = dict(zip([row.id for row in asked], teacher.answer(asked), strict=True))
+    if config.must_contain_gold:
+        strange = [row.id for row in asked if lacks_gold(row, answers[row.id].text)]
+        answers |= dict.fromkeys(strange, TeacherAnswer("", missing="the teacher's answer contains no gold answer"))
+    return answers
+
+
+def lacks_gold(row: Row, text: str) -> bool:
+    """Whether `text` is an answer in which none of the row's gold answers stands, word for word."""
+    gold = answer_words(row.answers)
+    return bool(text and gold) and not contains(words(text), gold)
 
 
 def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
@@ -165,6 +183,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--relabel", action="store_true", help="also answer rows that have a teacher's answer")
     parser.add_argument(
+        "--must-contain-gold",
+        action="store_true",
+        help="keep the gold answer where the teacher's contains none (default: the teacher's, as the paper)",
+    )
+    parser.add_argument(
         "--block", type=whole(1), default=16, help="rows answered together and saved together (default 16)"
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,6 +206,7 @@ def config_from(args: argparse.Namespace) -> LabelConfig:
         reranker=args.reranker,
         score=args.score,
         relabel=args.relabel,
+        must_contain_gold=args.must_contain_gold,
     )
 
 
@@ -205,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
     with Journal(journal_path, settings) as journal:
         if journal.rows:
             log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
-        teacher, tokenizer = _make_teacher(config, args)
+        teacher, tokenizer = _make_teacher(config, args, proven=bool(journal.rows))
         reranker = CrossEncoder(config.reranker, device=args.device) if config.reranker else None
         labelled = label_rows(
             rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
@@ -221,16 +245,18 @@ def _write(path: Path, labelled: Sequence[Row]) -> None:
         log.warning("%d rows have neither a gold nor a teacher's answer: left out", len(labelled) - len(targets))
     write_rows(path, targets)
     answered = sum(row.teacher_answer is not None for row in targets)
-    log.info("%s: %d rows, %d with a teacher's answer", path, len(targets), answered)
+    without = sum(lacks_gold(row, row.teacher_answer or "") for row in targets)
+    said = "%s: %d rows, %d with a teacher's answer, of which %d contain no gold answer"
+    log.info(said, path, len(targets), answered, without)
 
 
-def _make_teacher(config: LabelConfig, args: argparse.Namespace) -> tuple[Teacher | None, str]:
-    """The teacher and its tokenizer's fingerprint; none where gold answers are to stay."""
+def _make_teacher(config: LabelConfig, args: argparse.Namespace, *, proven: bool) -> tuple[Teacher | None, str]:
+    """The teacher and its tokenizer's fingerprint; none where gold answers are to stay. `proven`: it has answered."""
     prompt = PromptConfig(system=config.system)
     if config.endpoint:
         key = os.environ.get(args.api_key_env, "")
         endpoint = ChatEndpoint(config.endpoint, config.teacher, key, concurrency=args.concurrency)
-        return EndpointTeacher(endpoint, prompt, config.max_new_tokens), ""
+        return EndpointTeacher(endpoint, prompt, config.max_new_tokens, proven=proven), ""
     if not config.teacher:
         return None, ""
     dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.data_format import RELEVANT
+
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross entropy of answer tokens (OSCAR sec. 3.2): logits (n, V), targets (n,) int64 -> scalar."""
@@ -39,7 +41,7 @@ def relevance_loss(
         return loss
     for index in example.unique():
         inside = example == index
-        group, relevant = scores[inside], targets[inside] > 0.5
+        group, relevant = scores[inside], targets[inside] >= RELEVANT
         if relevant.any() and not relevant.all():
             loss = loss + group.logsumexp(0) - group[relevant].logsumexp(0)
     return loss

@@ -1,6 +1,7 @@
 """Training metrics to `metrics.jsonl`, TensorBoard and the terminal. Knows nothing about what is measured."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +33,14 @@ class MetricsLog:
             self._board.close()
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        """One line: `step`, `split` (train or dev) and the values, to six digits."""
+        """One line: `step`, `split` (train or dev) and the values, to six digits; JSON has none that are not finite."""
         if self._file is None or self._board is None:
             return
         rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **rounded}) + "\n")
+        finite = {key: value for key, value in rounded.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
         self._file.flush()
-        for key, value in rounded.items():
+        for key, value in finite.items():
             self._board.add_scalar(f"{split}/{key}", value, step)
         line = "  ".join(f"{key} {value:.4g}" for key, value in rounded.items())
         tqdm.write(f"{time.strftime('%H:%M:%S')} step {step} {split}: {line}")

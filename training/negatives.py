@@ -4,7 +4,7 @@ Does not know how a retriever scores: BM25 is here, embedding models are in `den
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import chain, islice
 from typing import Protocol
 
@@ -72,6 +72,25 @@ class Collection:
     def contains(self, index: int, answers: Sequence[str]) -> bool:
         """Whether passage `index` contains one of `answers`, which went through `answer_words`."""
         return contains(words(self.texts[index]), answers)
+
+
+class PartRetriever:
+    """Scores the passages `numbers` of another retriever's collection, in this order."""
+
+    def __init__(self, retriever: Retriever, numbers: Sequence[int]) -> None:
+        self._retriever = retriever
+        self._numbers = np.array(numbers, dtype=np.int64)
+
+    def scores(self, queries: Sequence[str]) -> Iterator[Scores]:
+        return (scores[self._numbers] for scores in self._retriever.scores(queries))
+
+
+def without_passages(
+    collection: Collection, retriever: Retriever, barred: Set[str]
+) -> tuple[Collection, PartRetriever]:
+    """Both without the passages whose words are among `barred`. Nothing is indexed or embedded anew."""
+    numbers = [number for number, passage in enumerate(collection.passages) if words(passage.text) not in barred]
+    return Collection([collection.passages[number] for number in numbers]), PartRetriever(retriever, numbers)
 
 
 def ranked(scores: Scores) -> Iterator[int]:

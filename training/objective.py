@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from core.kv_slots import AttentionMasks
 from core.model import Model
 from core.prompts import Content
 from core.rows import collate_rows, plan_batches
@@ -177,9 +178,11 @@ class Objective(nn.Module):
         parts.real += int(lengths.sum())
         parts.padded += real.numel()
         positions = None
+        mask: Tensor | dict[str, Tensor] | None
         if any(one.segments[-1] > 1 for one in sequences):
             positions = pad_sequence([one.positions for one in sequences], batch_first=True).to(device)
-            mask: Tensor | None = packed_mask(sequences, embeddings.dtype).to(device)
+            masks = AttentionMasks(self.generator.model.config, embeddings.dtype)
+            mask = packed_mask(sequences, positions, masks)
         else:
             mask = None if bool(real.all()) else real.long().to(device)
         output = self.generator.model.base_model(

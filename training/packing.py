@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from core.kv_slots import AttentionMasks
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -48,14 +50,14 @@ def pack(prefix: Tensor, memory_mask: Tensor, questions: Sequence[tuple[Sequence
     return Packed(torch.cat(ids), shown, torch.cat(positions), torch.cat(segments), torch.cat(predictors))
 
 
-def packed_mask(sequences: Sequence[Packed], dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (B, 1, T, T) of `sequences` padded on the right: 0 where one may look, else the lowest.
+def packed_mask(sequences: Sequence[Packed], positions: Tensor, masks: AttentionMasks) -> Tensor | dict[str, Tensor]:
+    """Additive attention masks (B, 1, T, T) of `sequences`, padded on the right as their `positions` (B, T) are.
 
-    A place looks back at the prefix and at its own question; padding looks at itself, so that no row is empty.
+    A place looks back at the prefix and at its own question, as far as the window of its layer reaches; padding looks
+    at itself, so that no row is empty.
     """
     segments = pad_sequence([one.segments for one in sequences], batch_first=True, padding_value=-1)  # (B, T)
-    length = segments.shape[1]
+    segments = segments.to(positions.device)
     own = segments.unsqueeze(2) == segments.unsqueeze(1)  # (B, T, T)
     prefix = (segments == 0).unsqueeze(1)  # (B, 1, T)
-    allowed = (own | prefix) & torch.ones(length, length, dtype=torch.bool).tril()
-    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+    return masks.between(positions, positions, own | prefix)

@@ -1,6 +1,6 @@
 """`prepare`: from raw question-answering data to rows of the data format, with negatives, without leaks.
 
-Read -> check -> deduplicate -> drop what is held out -> cap -> split by passage -> mine negatives -> write.
+Read -> check -> deduplicate -> drop what is held out -> cap -> find missing positives -> split -> mine -> write.
 The same configuration gives the same bytes. Does not know how files or public sets are laid out.
 """
 
@@ -21,16 +21,16 @@ from pydantic.dataclasses import dataclass
 from core.config import STRICT, parse_config
 from core.errors import ConfigError
 from training.arguments import MAX_SEED, check_file, check_out_file, share, whole
-from training.assemble import AssemblyConfig, assemble_rows
+from training.assemble import AssemblyConfig, assemble_rows, find_positives
 from training.config import parse_yaml, read_yaml
 from training.data_format import Row, RowPassage, write_rows
 from training.data_quality import DataError, ReadPolicy, ReadReport
 from training.dense import make_retriever
 from training.examples import Example, keep_found_answers
-from training.negatives import Collection
+from training.negatives import Collection, Retriever, without_passages
 from training.row_statistics import describe
 from training.sources import SourceConfig, read_collection, read_examples
-from training.splits import cap, deduplicate, drop_held_out, split_by_passage
+from training.splits import bar_passages, cap, deduplicate, drop_held_out, positive_words, split_examples
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ class PrepareConfig:
     held_out        files of examples or rows that nothing may share a positive or a question with
     retriever       `bm25`, `dense:<model>` (mean pooling, cosine) or `splade:<model>`; a hub id or a folder
     assembly        how the passages of a row are chosen
-    dev_share       share of passages whose examples become the dev set
+    dev_share       share of groups of examples that become the dev set; a group shares questions or positives
     seed            of caps, split, random negatives and order
     on_problem      bad rows are counted and skipped, or the first one refuses the file
+    max_passage_chars  a source's row with a longer passage is bad; what is prepared has no such limit
     """
 
     sources: tuple[SourceConfig, ...]
@@ -96,25 +97,33 @@ class Prepared:
 def prepare(config: PrepareConfig) -> Prepared:
     """Rows of `config`'s sources. Raises DataError and ConfigError."""
     dropped: Counter[str] = Counter()
-    held_out = [example for path in config.held_out for example in _read(SourceConfig(path=path), config)]
+    lenient = ReadPolicy(config.on_problem, need_answer=False)  # a question is held out whatever else is known of it
+    held_out = [example for path in config.held_out for example in _read(SourceConfig(path=path), lenient)]
     examples: list[Example] = []
     for source in config.sources:
-        examples += _select(_read(source, config), source, held_out, config.seed, dropped)
+        examples += _select(_read(source, config.policy), source, held_out, config.seed, dropped)
     count = len(examples)
     examples = deduplicate(examples)
     dropped["same question and positives"] += count - len(examples)
-    pool = _read_collections(config)
-    train, dev = split_by_passage(examples, config.dev_share, config.seed)
+    if not examples:
+        return Prepared([], [], dropped)
+    own = [passage for example in examples for passage in (*example.positives, *example.negatives)]
+    collection = Collection([*own, *_read_collections(config)])
+    retriever = make_retriever(config.retriever, collection.texts)
+    if config.assembly.without_positives == "distant":
+        free = without_passages(collection, retriever, positive_words(held_out))
+        examples = find_positives(examples, *free)
+    train, dev = split_examples(examples, config.dev_share, config.seed)
     return Prepared(
-        _rows(train, pool, [*held_out, *dev], config, dropped),
-        _rows(dev, pool, [*held_out, *train], config, dropped),
+        _rows(train, [*held_out, *dev], collection, retriever, config, dropped),
+        _rows(dev, [*held_out, *train], collection, retriever, config, dropped),
         dropped,
     )
 
 
-def _read(source: SourceConfig, config: PrepareConfig) -> list[Example]:
+def _read(source: SourceConfig, policy: ReadPolicy) -> list[Example]:
     """A source's good examples, ids prefixed with its name. Raises DataError where it has none."""
-    examples, report = read_examples(source, config.policy)
+    examples, report = read_examples(source, policy)
     log.info("%s", report)
     if not examples:
         raise DataError(f"{source.path}: {_nothing_in(report)}")
@@ -163,25 +172,17 @@ def _read_collections(config: PrepareConfig) -> list[RowPassage]:
 
 def _rows(
     examples: list[Example],
-    pool: Sequence[RowPassage],
-    other_side: Sequence[Example],
+    others: Sequence[Example],
+    collection: Collection,
+    retriever: Retriever,
     config: PrepareConfig,
     dropped: Counter[str],
 ) -> list[Row]:
-    """One side's rows, shuffled. No positive of the other side is among its passages."""
-    if not examples:
-        return []
-    barred = {passage.text for example in other_side for passage in example.positives}
-    own = [passage for example in examples for passage in (*example.positives, *example.negatives)]
-    examples = [
-        replace(example, negatives=tuple(passage for passage in example.negatives if passage.text not in barred))
-        for example in examples
-    ]
-    available = [passage for passage in [*own, *pool] if passage.text not in barred]
-    collection = Collection(available)
-    retriever = make_retriever(config.retriever, collection.texts)
+    """One side's rows, shuffled. No positive of `others`, the other side and what is held out, is in them."""
+    barred = positive_words(others)
+    examples = [bar_passages(example, barred) for example in examples]
     assembly = replace(config.assembly, seed=config.seed)
-    rows = list(assemble_rows(examples, collection, retriever, assembly, dropped))
+    rows = list(assemble_rows(examples, *without_passages(collection, retriever, barred), assembly, dropped))
     order = np.random.default_rng(config.seed).permutation(len(rows))
     return [rows[index] for index in order]
 
@@ -205,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passages", type=whole(1), help="passages a row (default 10)")
     parser.add_argument("--random-negatives", type=whole(0), help="of them random ones (default 1)")
     parser.add_argument("--given-only", action="store_true", help="no mining: only the passages an example came with")
-    parser.add_argument("--dev-share", type=share, help="share of passages that go to --dev-out (default 0)")
+    parser.add_argument("--dev-share", type=share, help="share of groups of questions for --dev-out (default 0)")
     parser.add_argument("--seed", type=whole(0, MAX_SEED), help="default 0")
     parser.add_argument("--refuse", action="store_true", help="stop at the first bad row instead of skipping it")
     parser.add_argument("--max-passage-chars", type=whole(1), help="a longer passage makes its row bad (default 20000)")

@@ -7,8 +7,6 @@ from core.passages import Passage
 from training.data_format import Row
 from training.data_quality import DataError
 
-GOLD = 0.5  # relevance at or above which a passage counts as gold, for labels in 0..1
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -50,7 +48,7 @@ def to_questions(rows: Sequence[Row]) -> list[Question]:
             row.query,
             row.answers,
             tuple(Passage(passage.text, passage.title, passage.id) for passage in row.passages),
-            tuple(passage.relevance is not None and passage.relevance >= GOLD for passage in row.passages),
+            tuple(passage.relevant for passage in row.passages),
         )
         for row in rows
     ]

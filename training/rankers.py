@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from core.base_models import resolve_base_model
-from training.dense import DenseEncoder
+from core.demo_models import DEMO_MODELS
+from training.dense import BATCH, DenseEncoder
 from training.negatives import BM25Retriever
 from training.questions import Question
 from training.results import RankingRecord
@@ -28,19 +29,24 @@ def rank_bm25(questions: Sequence[Question], counts: Sequence[int]) -> list[Rank
 
 
 class EmbeddingRanker:
-    """A text embedding model as it comes: mean over the last hidden states, cosine of query and passage."""
+    """A text embedding model as it comes: cosine of query and passage, of a long one the best of its windows."""
 
     def __init__(self, name: str) -> None:
-        """`name` is a base model's name, a folder or a hub id. Raises BaseModelError."""
+        """`name` is a demo model's name, a folder or a hub id. Raises BaseModelError."""
         self.name = name
-        self._encode = DenseEncoder(str(resolve_base_model(name).path))
+        # from the hub by its id: a base model's folder lacks what says how a sentence encoder pools
+        self._encode = DenseEncoder(str(resolve_base_model(name).path) if name in DEMO_MODELS else name)
 
     @torch.inference_mode()
     def rank(self, question: Question, counts: Sequence[int]) -> list[RankingRecord]:
         """Cosine similarity of the question and each of its passages, one record a count."""
-        texts = [passage.content for passage in question.passages]
-        vectors = self._encode([question.query, *texts])  # (1 + passages, d), unit length
-        scores = dict(zip(texts, (vectors[1:] @ vectors[0]).tolist(), strict=True))
+        windows = [(p.content, window) for p in question.passages for window in self._encode.windows(p.content)]
+        texts = [question.query, *(window for _, window in windows)]
+        batches = [self._encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
+        vectors = torch.cat(batches)  # (1 + windows, d), unit length
+        scores: dict[str, float] = {}
+        for (content, _), score in zip(windows, (vectors[1:] @ vectors[0]).tolist(), strict=True):
+            scores[content] = max(score, scores.get(content, score))
         return _records(question, self.name, scores, counts)
 
 

@@ -1,20 +1,20 @@
 """`report`: what was measured, for people: one Markdown file and one HTML file that needs nothing beside it.
 
-Both are written from the same sections. Measures and averages nothing, but for the differences of before and after.
+Both are written from the same sections. Measures and averages nothing; tables are in `tables.py`, plots in `plots.py`.
 """
 
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
 from training.arguments import check_file, check_out_folder
-from training.intervals import Bootstrap, Interval
-from training.plots import plot_passages, plot_rates, plot_stages, plot_tokens, plot_training, setting_label, to_svg
-from training.rendering import Section, Table, render_html, render_markdown, render_table
+from training.plots import plot_passages, plot_rates, plot_stages, plot_tokens, plot_training, to_svg
+from training.rendering import Section, render_html, render_markdown, render_table
+from training.tables import Entry, Summary, answers_table, before_after, table_sections
 
 log = logging.getLogger(__name__)
 
@@ -26,29 +26,6 @@ examples:
   python -m training report --result evaluations/best/result.json --metrics runs/best/metrics.jsonl \\
       --before evaluations/first/result.json --out reports/best
 """
-Summary = Mapping[str, Any]
-Entry = Mapping[str, Any]
-
-ANSWERS_NOTE = (
-    "Percent, with 95 % bootstrap intervals over questions. Survival: answers that repeat every number, date and name "
-    "of a gold answer that stands in a passage."
-)
-AGAINST_NOTE = (
-    "Percent of what text mode reaches on the same questions (paired bootstrap). Survival here counts only questions "
-    "that text mode gets right."
-)
-COST_NOTE = (
-    "Means. Seconds are those of a batch divided by its questions; GFLOP (two a multiply-and-add, counted, not "
-    "estimated) and memory are of single answers to some of the questions."
-)
-RANKING_NOTE = (
-    "Percent. Equal scores count as ranked worst first. Where negatives were mined with BM25, they are the ones that "
-    "BM25 itself gets wrong, which weighs against it."
-)
-NO_ANSWER_NOTE = (
-    "AUC, percent: best score of each question against its best score with only its irrelevant passages. Threshold and "
-    "calibration are fitted on half of the questions; accuracy and error are of the other half."
-)
 
 
 def write_report(
@@ -78,20 +55,13 @@ def write_report(
 
 def settings_table(summary: Summary) -> str:
     """The comparison of all settings as a Markdown table."""
-    return render_table(_answers(summary["settings"]))
+    return render_table(answers_table(summary["settings"]))
 
 
 def _result_sections(summary: Summary) -> list[Section]:
     settings = summary["settings"]
     first = [entry for entry in settings if entry["passages"] == _main_passages(settings)]
-    sections = [
-        Section("Run", _run_table(summary["run"])),
-        Section("Answers", _answers(settings), ANSWERS_NOTE),
-        Section("Against text", _against_text(settings), AGAINST_NOTE),
-        Section("Cost of an answer", _costs(settings), COST_NOTE),
-        Section("Ranking", _ranking(summary["ranking"]), RANKING_NOTE),
-        Section("No answer", _no_answer(summary["no_answer"]), NO_ANSWER_NOTE),
-    ]
+    sections = table_sections(summary)
     if any(entry["rate"] for entry in settings):
         sections.append(Section("Accuracy against rate", note=_at(first), svg=to_svg(plot_rates(first))))
     if len({entry["prompt_tokens"] for entry in first}) > 1:
@@ -130,116 +100,6 @@ def _training_sections(metrics: Sequence[Entry]) -> list[Section]:
     return [Section("Training", svg=to_svg(plot_training(metrics)))] if metrics else []
 
 
-def _run_table(run: Mapping[str, Any]) -> Table:
-    flat = {key: value for key, value in run.items() if not isinstance(value, Mapping)}
-    for mapping in (value for value in run.values() if isinstance(value, Mapping)):
-        flat |= mapping
-    return Table(("what", "value"), [(key.replace("_", " "), str(value)) for key, value in flat.items()])
-
-
-def _answers(settings: Sequence[Entry]) -> Table:
-    names = ("em", "f1", "substring", "rouge_l", "survival", "judge")
-    header = ("setting", "questions", "EM", "token F1", "substring", "ROUGE-L", "survival", "judge")
-    rows = [(entry["name"], str(entry["questions"]), *(_percent(entry[name]) for name in names)) for entry in settings]
-    return Table(header, rows)
-
-
-def _against_text(settings: Sequence[Entry]) -> Table:
-    header = ("setting", "F1 kept", "EM kept", "substring kept", "survival where text is right", "prompt tokens kept")
-    rows = []
-    for entry in settings:
-        kept = entry["retention"]
-        values = (kept["f1"], kept["em"], kept["substring"], entry["survival_where_text_right"])
-        if any(value is not None for value in values):
-            rows.append((entry["name"], *map(_percent, values), _percent(entry["prompt_tokens_share"])))
-    return Table(header, rows)
-
-
-def _costs(settings: Sequence[Entry]) -> Table:
-    header = (
-        "setting",
-        "prompt tokens",
-        "new tokens",
-        "seconds",
-        "compress",
-        "prefill",
-        "decode",
-        "GFLOP",
-        "peak memory, MB",
-    )
-    rows = []
-    for entry in settings:
-        seconds, flops, peak = entry["seconds"], entry["flops"], entry["peak_memory"]
-        rows.append(
-            (
-                entry["name"],
-                f"{entry['prompt_tokens']:.1f}",
-                f"{entry['completion_tokens']:.1f}",
-                f"{sum(seconds.values()):.3f}",
-                *(f"{seconds.get(stage, 0.0):.3f}" for stage in ("compress", "prefill", "decode")),
-                f"{sum(flops.values()) / 1e9:.1f}" if flops else "",
-                f"{peak / 1e6:.0f}" if peak else "",
-            )
-        )
-    return Table(header, rows)
-
-
-def _ranking(entries: Sequence[Entry]) -> Table:
-    rows = [
-        (
-            *(str(entry[name]) for name in ("ranker", "passages", "questions")),
-            *(_percent(entry[name]) for name in ("ndcg@10", "mrr", "gold_first")),
-        )
-        for entry in entries
-    ]
-    return Table(("ranker", "passages", "questions", "nDCG@10", "MRR", "gold first"), rows)
-
-
-def _no_answer(entries: Sequence[Entry]) -> Table:
-    header = ("ranker", "passages", "AUC", "threshold", "balanced accuracy", "calibration error")
-    rows = []
-    for entry in entries:
-        fitted = entry["calibration"] or {}
-        names = ("threshold", "balanced_accuracy", "calibration_error")
-        numbers = (f"{fitted[name]:.3f}" if fitted else "" for name in names)
-        rows.append((entry["ranker"], str(entry["passages"]), _percent(entry["auc"]), *numbers))
-    return Table(header, rows)
-
-
-def before_after(before: Summary, after: Summary) -> Section:
-    """Token F1 of the settings both have, on the questions both have. Raises ConfigError where they share none."""
-    earlier = {_setting_key(entry): entry for entry in before["settings"]}
-    rows = []
-    for entry in after["settings"]:
-        old = earlier.get(_setting_key(entry))
-        common = sorted(entry["f1_by_question"].keys() & old["f1_by_question"].keys()) if old else []
-        if old and common:
-            late = [entry["f1_by_question"][name] for name in common]
-            early = [old["f1_by_question"][name] for name in common]
-            cells = (sum(early) / len(common), sum(late) / len(common))
-            change = _signed(Bootstrap().difference(late, early))
-            rows.append((entry["name"], str(len(common)), *(f"{100 * value:.1f}" for value in cells), change))
-    if not rows:
-        raise ConfigError("before and after share no setting with the same questions")
-    note = f"Token F1, %: {before['run'].get('checkpoint')} before, {after['run'].get('checkpoint')} after."
-    return Section("Before and after", Table(("setting", "questions", "before", "after", "change"), rows), note)
-
-
-def _setting_key(entry: Entry) -> tuple[str, int]:
-    return setting_label(entry), entry["passages"]
-
-
-def _percent(interval: Entry | None) -> str:
-    """`55.3 [53.0, 57.6]`, or nothing where it was not measured."""
-    if interval is None:
-        return ""
-    return f"{100 * interval['value']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -266,7 +126,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A result.json. Raises ConfigError where it is none."""
+    """A result.json. Raises ConfigError where it is none.
+
+    No-answer figures of earlier versions are left out: they took the best of unequally many passages.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -276,7 +139,10 @@ def read_summary(path: Path) -> dict[str, Any]:
     kinds = {"run": dict, "settings": list, "ranking": list, "no_answer": list}
     if not isinstance(values, dict) or not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"{path}: not the result.json of an evaluation")
-    return values
+    comparable = [entry for entry in values["no_answer"] if "best_of" in entry]
+    if len(comparable) < len(values["no_answer"]):
+        log.warning("%s: its no-answer figures are of an earlier version and left out; repeat its `evaluate`", path)
+    return values | {"no_answer": comparable}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -92,11 +92,12 @@ class CostRecord:
 
 @dataclass(frozen=True, slots=True)
 class JudgementRecord:
-    """A judge's verdict on one answer: 1 correct, 0.5 partly, 0 wrong; None where it gave no verdict."""
+    """A verdict of the model `judge` on one answer: 1 correct, 0.5 partly, 0 wrong; None where it cannot be read."""
 
     question: str
     setting: Setting
     score: float | None
+    judge: str = "unnamed"  # in files of earlier versions
     kind: Literal["judgement"] = "judgement"
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from training.answer_match import answer_words, contains, words
 from training.data_format import Row
-from training.examples import POSITIVE_RELEVANCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +48,32 @@ def describe(rows: Sequence[Row]) -> RowStatistics:
     if not rows:
         raise ValueError("there are no rows to describe")
     counts = [len(row.passages) for row in rows]
-    lengths = [len(passage.content.split()) for row in rows for passage in row.passages]
-    in_positive, elsewhere = 0, 0
+    lengths: list[int] = []
+    titled: dict[bool, list[bool]] = {True: [], False: []}  # of positives, of others
+    answered = {True: 0, False: 0}  # rows with an answer in a positive, in another passage
     for row in rows:
         sought = answer_words(row.answers)
-        found = {
-            (passage.relevance or 0.0) >= POSITIVE_RELEVANCE
-            for passage in row.passages
-            if contains(words(passage.content), sought)
-        }
-        in_positive += True in found
-        elsewhere += False in found
-    titled: dict[bool, list[bool]] = {True: [], False: []}
-    for row in rows:
+        found = set()
         for passage in row.passages:
-            titled[(passage.relevance or 0.0) >= POSITIVE_RELEVANCE].append(bool(passage.title))
-    positives = [sum((p.relevance or 0.0) >= POSITIVE_RELEVANCE for p in row.passages) for row in rows]
+            lengths.append(len(passage.content.split()))
+            titled[passage.relevant].append(bool(passage.title))
+            if contains(words(passage.content), sought):
+                found.add(passage.relevant)
+        for relevant in found:
+            answered[relevant] += 1
     return RowStatistics(
         rows=len(rows),
         passages=float(np.mean(counts)),
-        positives=float(np.mean(positives)),
+        positives=len(titled[True]) / len(rows),
         query_words=float(np.mean([len(row.query.split()) for row in rows])),
         passage_words=float(np.mean(lengths)),
         passage_words_95=float(np.percentile(lengths, 95)),
         answer_words=float(
             np.mean([len(row.target.split()) if row.answers or row.teacher_answer else 0 for row in rows])
         ),
-        full=float(np.mean([count == max(counts) for count in counts])),
-        answer_in_positive=in_positive / len(rows),
-        answer_elsewhere=elsewhere / len(rows),
+        full=counts.count(max(counts)) / len(rows),
+        answer_in_positive=answered[True] / len(rows),
+        answer_elsewhere=answered[False] / len(rows),
         titled_positives=float(np.mean(titled[True] or [False])),
         titled_others=float(np.mean(titled[False] or [False])),
     )

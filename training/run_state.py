@@ -7,12 +7,14 @@ run/last/                  also trainable.safetensors, optimizer.safetensors, pr
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,15 +23,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import dump_config
-from core.errors import CheckpointError
+from core.errors import CheckpointError, ConfigError
 from core.model import Model
 from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
 
+# Of `loop`, what a run may go on with otherwise: how long, what is said and saved of it, how a step fits the memory.
+LENGTH = ("epochs", "max_steps", "patience")
+REPORTS = ("eval_every", "save_every", "log_every")
+MEMORY = ("micro_batch_tokens", "row_batch_tokens", "gradient_checkpointing")
+
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, examples seen, the best dev score and how many evaluations ago it was."""
+    """Where a run stands: steps done, examples seen, the best dev score and how many evaluations ago it was.
+
+    settings  what it must go on with, as `run_settings` has it
+    """
 
     step: int = 0
     examples: int = 0
@@ -37,6 +47,31 @@ class Progress:
     best_score: float | None = None
     evaluations_since_best: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def is_over(self, steps: int, patience: int | None) -> bool:
+        """Whether all `steps` are done, or so many evaluations were no better that `patience` is used up."""
+        return self.step >= steps or (patience is not None and self.evaluations_since_best >= patience)
+
+
+def run_settings(config: TrainConfig) -> dict[str, Any]:
+    """All of `config` that a run must keep when it goes on, as JSON; of its data files the sha256, not the place."""
+    values = dataclasses.asdict(config)
+    for name in (*LENGTH, *REPORTS, *MEMORY):
+        del values["loop"][name]
+    for name in ("train", "dev"):
+        with Path(values["data"][name]).open("rb") as file:
+            values["data"][name] = hashlib.file_digest(file, "sha256").hexdigest()
+    kept: dict[str, Any] = json.loads(json.dumps(values))  # as it reads back: tuples become lists
+    return kept
+
+
+def differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """The dotted keys in which two trees of settings differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    keys = sorted(one.keys() | other.keys())
+    return [at for key in keys for at in differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)]
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> None:
@@ -111,17 +146,27 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parame
     }
 
 
-def restore_run(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> Progress:
-    """Load `last/` into the trainable parameters and the optimiser. Raises CheckpointError where it does not fit."""
+def restore_run(
+    folder: Path, settings: dict[str, Any], optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+) -> Progress:
+    """Load `last/` into the trainable parameters and the optimiser.
+
+    Raises ConfigError where it is of other settings than `settings`, CheckpointError where it does not fit.
+    """
     try:
         trainable = load_file(folder / "trainable.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be resumed from: {error}") from None
+    way_out = f"give a new run folder (start={folder} begins from its weights)"
+    if not progress.settings:
+        raise CheckpointError(f"{folder} is of an older version, which did not note its settings; {way_out}")
+    if changed := differing(progress.settings, settings):
+        raise ConfigError(f"{folder} was trained with other settings ({', '.join(changed)}); {way_out}")
     shapes = {name: parameter.shape for parameter, name in names.items()}
     if {name: value.shape for name, value in trainable.items()} != shapes:
-        raise CheckpointError(f"{folder} was trained with other settings; give a new run folder")
+        raise CheckpointError(f"{folder} was trained with another base model; {way_out}")
     with torch.no_grad():
         for parameter, name in names.items():
             parameter.copy_(placed_like(parameter, trainable[name]))

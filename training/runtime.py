@@ -59,10 +59,10 @@ class Runtime(Protocol):
         """What `loop.precision` means here: `auto` is bfloat16 where the hardware computes in it."""
         return precision == "bf16" or (precision == "auto" and best_dtype(self.device) == torch.bfloat16)
 
-    def autocast(self, precision: Precision) -> AbstractContextManager[object]:
-        """Lower precision for the forward pass; master weights stay float32."""
+    def autocast(self, precision: Precision, device: torch.device | None = None) -> AbstractContextManager[object]:
+        """Lower precision for a forward pass on `device`, else on this one's; master weights stay float32."""
         enabled = self.computes_in_bfloat16(precision)
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast((device or self.device).type, dtype=torch.bfloat16, enabled=enabled)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes."""

@@ -6,7 +6,7 @@ Knows the layout of files, not what becomes of the examples.
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,12 +62,37 @@ class SourceConfig:
 
 
 def read_examples(source: SourceConfig, policy: ReadPolicy) -> tuple[list[Example], ReadReport]:
-    """All good examples of a source and the report on the rest. Raises DataError, ConfigError."""
-    report = ReadReport(source.label)
+    """All good examples of a source and the report on the rest; one without an id gets its line or record number.
+
+    Raises DataError, and ConfigError for a column that no record has.
+    """
     if source.path in PUBLIC_SETS:
         return read_records(source, load_public_set(source.path, source.split), policy)
-    parse = _parser(source, policy)
-    return list(parse_records(_numbered(Path(source.path)), parse, policy, report)), report
+    report = ReadReport(source.label)
+    found: dict[Any, None] = {}  # the columns of all records, in order
+
+    def parse(numbered: tuple[int, Any]) -> Example:
+        number, record = numbered
+        values = _as_object(record)
+        found.update(dict.fromkeys(values))
+        mapped = {ours: values.get(theirs) for ours, theirs in source.columns.items()}
+        return parse_example(_flat_fields({"id": str(number), **values, **mapped}), policy)
+
+    numbers = ((number, (number, record)) for number, record in _numbered(Path(source.path)))
+    try:
+        examples = list(parse_records(numbers, parse, policy, report))
+    except DataError as error:
+        raise DataError(error.message + _misnamed(source, found)) from None
+    if misnamed := _misnamed(source, found):
+        raise ConfigError(source.path + misnamed)
+    return examples, report
+
+
+def _misnamed(source: SourceConfig, found: Iterable[Any]) -> str:
+    """What `columns` names and no record has, beside what is there; empty where all are found."""
+    present = [name for name in found if isinstance(name, str)]  # surplus cells of a CSV stand under None
+    absent = [f"columns.{ours}={theirs}" for ours, theirs in source.columns.items() if theirs not in present]
+    return f": {', '.join(absent)}: no such column; there are {', '.join(present)}" if present and absent else ""
 
 
 def read_records(
@@ -126,16 +151,6 @@ def _adapted(adapt: Any, record: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parser(source: SourceConfig, policy: ReadPolicy) -> Any:
-    def parse(record: Any) -> Example:
-        values = _as_object(record)
-        if source.columns:
-            values = {**values, **{ours: values.get(theirs) for ours, theirs in source.columns.items()}}
-        return parse_example(_flat_fields(values), policy)
-
-    return parse
-
-
 def _as_object(record: Any) -> dict[str, Any]:
     values = parse_json_line(record) if isinstance(record, bytes) else record
     if not isinstance(values, dict):
@@ -170,27 +185,31 @@ def _cell_list(cell: str) -> list[Any] | None:
     return [cell]
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, Any]]:
-    """`(line or record number, raw record)` of a local file; a record without an id gets its number as id."""
+def _numbered(path: Path) -> Iterable[tuple[int, Any]]:
+    """`(line or record number, raw record)` of a local file, a line of JSONL as its bytes."""
     suffix = _suffix(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file, and none of the public sets {', '.join(PUBLIC_SETS)}")
     if suffix == ".jsonl":
         return number_lines(path)
     try:
-        records = _read_table(path, suffix)
+        return _read_table(path, suffix)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path.name}: cannot be read: {error}") from None
-    return ((number, _with_id(record, number)) for number, record in records)
 
 
 def _read_table(path: Path, suffix: str) -> list[tuple[int, Any]]:
-    """A whole JSON, CSV, TSV or Parquet file as `(number, record)`; CSV counts lines, the others records."""
+    """A whole JSON, CSV, TSV or Parquet file as `(number, record)`; CSV counts lines, the others records.
+
+    A byte order mark, with which Excel begins a file, is passed over.
+    """
     if suffix == ".parquet":
         import pyarrow.parquet  # type: ignore[import-untyped]  # ships no types; here, because only Parquet needs it
 
         return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+    ) as file:
         if suffix == ".json":
             records = json.load(file)
             if not isinstance(records, list):
@@ -198,10 +217,6 @@ def _read_table(path: Path, suffix: str) -> list[tuple[int, Any]]:
             return list(enumerate(records, start=1))
         reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
         return [(reader.line_num, record) for record in reader]
-
-
-def _with_id(record: Any, number: int) -> Any:
-    return {"id": str(number), **record} if isinstance(record, dict) else record
 
 
 def _suffix(path: Path) -> str:

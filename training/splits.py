@@ -1,10 +1,12 @@
-"""Deduplication, caps and a split in which no passage of one side is a positive of the other."""
+"""Deduplication, caps and a split whose sides share no question and no positive."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 
 from training.answer_match import words
+from training.data_format import RowPassage
 from training.examples import Example
 
 
@@ -39,8 +41,27 @@ def cap(examples: Sequence[Example], *, per_passage: int | None, limit: int | No
     return [example for example in examples if example.id in chosen]
 
 
-def group_by_passage(examples: Sequence[Example]) -> list[int]:
-    """A group number for each example: those that share a positive, directly or through others, are in one group."""
+def exclusive_keys(example: Example) -> set[tuple[str, str]]:
+    """What two sides never share: the question and every positive, word for word."""
+    return {("question", words(example.query)), *(("passage", words(passage.text)) for passage in example.positives)}
+
+
+def positive_words(examples: Iterable[Example]) -> set[str]:
+    """The words of all positives, for `bar_passages`."""
+    return {words(passage.text) for example in examples for passage in example.positives}
+
+
+def bar_passages(example: Example, barred: Set[str]) -> Example:
+    """`example` without the passages that came with it, other than positives, whose words are among `barred`."""
+
+    def kept(passages: Iterable[RowPassage]) -> tuple[RowPassage, ...]:
+        return tuple(passage for passage in passages if words(passage.text) not in barred)
+
+    return replace(example, negatives=kept(example.negatives), unjudged=kept(example.unjudged))
+
+
+def group_examples(examples: Sequence[Example]) -> list[int]:
+    """A group number for each example: one group shares a question or a positive, directly or through others."""
     parent = list(range(len(examples)))
 
     def root(index: int) -> int:
@@ -49,34 +70,25 @@ def group_by_passage(examples: Sequence[Example]) -> list[int]:
             index = parent[index]
         return index
 
-    owner: dict[str, int] = {}
+    owner: dict[tuple[str, str], int] = {}
     for index, example in enumerate(examples):
-        for passage in example.positives:
-            first = root(owner.setdefault(words(passage.text), index))
+        for key in exclusive_keys(example):
+            first = root(owner.setdefault(key, index))
             parent[max(first, root(index))] = min(first, root(index))
     return [root(index) for index in range(len(examples))]
 
 
-def split_by_passage(examples: Sequence[Example], dev_share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """`(train, dev)`: whole groups of `group_by_passage` go to dev with probability `dev_share`, drawn by `seed`."""
+def split_examples(examples: Sequence[Example], dev_share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(train, dev)`: whole groups of `group_examples` go to dev with probability `dev_share`, drawn by `seed`."""
     train: list[Example] = []
     dev: list[Example] = []
-    for example, group in zip(examples, group_by_passage(examples), strict=True):
+    for example, group in zip(examples, group_examples(examples), strict=True):
         in_dev = unit_hash(seed, examples[group].id) < dev_share
         (dev if in_dev else train).append(example)
     return train, dev
 
 
-def drop_held_out(examples: Sequence[Example], held_out: Iterable[Example]) -> list[Example]:
+def drop_held_out(examples: Iterable[Example], held_out: Iterable[Example]) -> list[Example]:
     """`examples` without those that share a positive or, word for word, a question with `held_out`."""
-    questions: set[str] = set()
-    passages: set[str] = set()
-    for example in held_out:
-        questions.add(words(example.query))
-        passages.update(words(passage.text) for passage in example.positives)
-    return [
-        example
-        for example in examples
-        if words(example.query) not in questions
-        and not any(words(passage.text) in passages for passage in example.positives)
-    ]
+    taken = {key for example in held_out for key in exclusive_keys(example)}
+    return [example for example in examples if taken.isdisjoint(exclusive_keys(example))]

@@ -82,8 +82,8 @@ def update(
     return norm
 
 
-def summarise(window: Sequence[Mapping[str, float]], loss: LossConfig, seconds: float) -> dict[str, float]:
-    """Means over the steps since the last log line."""
+def summarise(window: Sequence[Mapping[str, float]], loss: LossConfig) -> dict[str, float]:
+    """Means over the steps since the last log line; `skipped` rows and `not_finite` steps are counted."""
     total = {key: sum(step[key] for step in window) for key in window[0]}
     weights = loss_weights(loss)
     means = {name: total[f"sum_{name}"] / total[f"count_{name}"] for name in weights if total[f"count_{name}"]}
@@ -92,6 +92,6 @@ def summarise(window: Sequence[Mapping[str, float]], loss: LossConfig, seconds: 
     summary["grad_norm"] = total["grad_norm"] / len(window)
     if total["count_alignment"]:
         summary["pointer"] = total["pointed"] / total["count_alignment"]
-    summary["tokens_per_s"] = total["real"] / seconds
+    summary["tokens_per_s"] = total["real"] / total["seconds"]
     summary["padding_share"] = 1 - total["real"] / max(total["padded"], 1)
-    return summary
+    return summary | {name: total[name] for name in ("skipped", "not_finite")}

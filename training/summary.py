@@ -6,7 +6,7 @@ Ratios against text (retention, share of prompt tokens) are paired: both modes o
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from training.calibration import measure_no_answer
 from training.intervals import Bootstrap, Interval
@@ -16,7 +16,6 @@ from training.results import AnswerRecord, CostRecord, JudgementRecord, RankingR
 Summary = dict[str, Any]
 ByQuestion = Mapping[str, AnswerRecord]
 ANSWER_METRICS = ("em", "f1", "substring", "rouge_l")
-R = TypeVar("R", AnswerRecord, CostRecord, JudgementRecord)
 
 
 def summarise(
@@ -30,13 +29,14 @@ def summarise(
     answers = _by_setting(record for record in records if isinstance(record, AnswerRecord))
     texts = _by_setting(record for record in baseline if isinstance(record, AnswerRecord)) or answers
     costs = _by_setting(record for record in records if isinstance(record, CostRecord))
-    judged = _by_setting(record for record in records if isinstance(record, JudgementRecord))
+    judgements = [record for record in records if isinstance(record, JudgementRecord)]
     settings = []
     for setting in sorted(answers, key=_display_order):
         text = texts.get(Setting("text", None, setting.passages), {})
         settings.append(
             _describe(setting)
-            | _answer_quality(answers[setting], judged.get(setting, {}), bootstrap)
+            | _answer_quality(answers[setting], bootstrap)
+            | {"judges": _judges([record for record in judgements if record.setting == setting], bootstrap)}
             | _against_text(setting, answers[setting], text, bootstrap)
             | _cost(answers[setting], costs.get(setting, {}))
         )
@@ -62,18 +62,29 @@ def _describe(setting: Setting) -> Summary:
     return dataclasses.asdict(setting) | {"name": setting.name}
 
 
-def _answer_quality(answers: ByQuestion, judged: Mapping[str, JudgementRecord], bootstrap: Bootstrap) -> Summary:
+def _answer_quality(answers: ByQuestion, bootstrap: Bootstrap) -> Summary:
     """Every answer metric, and F1 by question so that two summaries can be compared pairwise."""
     rows = list(answers.values())
     survived = [record.survival for record in rows if record.survival is not None]
-    scores = [record.score for record in judged.values() if record.score is not None]
     return {
         "questions": len(rows),
         **{name: _plain(bootstrap.mean([getattr(record, name) for record in rows])) for name in ANSWER_METRICS},
         "survival": _plain(bootstrap.mean(survived)) if survived else None,
-        "judge": _plain(bootstrap.mean(scores)) if scores else None,
         "f1_by_question": {name: round(record.f1, 4) for name, record in sorted(answers.items())},
     }
+
+
+def _judges(judgements: Sequence[JudgementRecord], bootstrap: Bootstrap) -> Summary:
+    """By the judge's name: how many of its verdicts on a setting could be read and how many not, and their mean."""
+    verdicts: dict[str, list[float | None]] = defaultdict(list)
+    for record in judgements:
+        verdicts[record.judge].append(record.score)
+    judges = {}
+    for judge, scores in sorted(verdicts.items()):
+        read = [score for score in scores if score is not None]
+        mean = _plain(bootstrap.mean(read)) if read else None
+        judges[judge] = {"read": len(read), "unreadable": len(scores) - len(read), "score": mean}
+    return judges
 
 
 def _against_text(setting: Setting, answers: ByQuestion, text: ByQuestion, bootstrap: Bootstrap) -> Summary:

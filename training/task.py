@@ -12,11 +12,11 @@ from tqdm import tqdm
 from core.errors import ConfigError, InputError
 from core.model import Model
 from training.arguments import check_file
-from training.batches import TrainExample, find_siblings, make_example, row_length
+from training.batches import TrainExample, find_siblings, make_example, prompt_tokens, row_length
 from training.config import TrainConfig
 from training.data_format import Row, read_rows
 from training.data_quality import ReadPolicy
-from training.dev import evaluate_dev
+from training.dev import can_be_read, evaluate_dev
 from training.objective import Objective
 from training.teacher_logits import TeacherLogits, tokenizer_fingerprint
 
@@ -49,9 +49,11 @@ def question_task(config: TrainConfig) -> Task:
     def example(model: Model, index: int, key: str) -> TrainExample | None:
         row, sharing = rows[index], [rows[other] for other in siblings[index]]
         made = make_example(model, row, config.data, config.loss, f"{key}/{row.id}", logits, sharing)
-        return None if over_prompt_limit(made, config.data.prompt_tokens) else made
+        too_long = config.loss.needs_generator and over_prompt_limit(model, made, config.data.prompt_tokens)
+        return None if too_long else made
 
     def check(model: Model) -> None:
+        check_dev(model, dev_rows, config)
         if logits is not None:
             check_logits(model, rows, logits)
 
@@ -69,13 +71,39 @@ def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:
     tqdm.write(str(report))
     if not rows:
         raise ConfigError(f"{key} {name}: has no usable row; `prepare` writes such files")
+    if config.loss.relevance > 0 and config.loss.relevance_kind != "mse":
+        check_relevance(rows, key, config.loss.relevance_kind)
     return rows
 
 
-def over_prompt_limit(example: TrainExample, most: int) -> bool:
-    """Whether passages as text would make the generator's prompt longer than `most` tokens."""
-    text = sum(len(chunk.generator_ids) for chunk in example.request.chunks)
-    return example.mode != "compressed" and text + len(example.answer_ids) + 128 > most
+def check_relevance(rows: Sequence[Row], key: str, kind: str) -> None:
+    """Raises ConfigError where relevance is no probability: a cross entropy with it has no least value."""
+    for row in rows:
+        for index, passage in enumerate(row.passages):
+            if passage.relevance is not None and not 0 <= passage.relevance <= 1:
+                raise ConfigError(
+                    f"{key}: row {row.id!r}, passages.{index}.relevance is {passage.relevance:g}, but "
+                    f"loss.relevance_kind {kind} learns labels from 0 to 1; use mse, or `label --score probability`"
+                )
+
+
+def over_prompt_limit(model: Model, example: TrainExample, most: int) -> bool:
+    """Whether the generator's prompt and an answer would be longer than `most` tokens."""
+    if not example.questions:
+        return False
+    answer = max(len(question.answer_ids) for question in example.questions)
+    return prompt_tokens(model, example.request, example.rows, example.mode) + answer > most
+
+
+def check_dev(model: Model, rows: Sequence[Row], config: TrainConfig) -> None:
+    """Say how many questions cannot be asked. Raises ConfigError where none can."""
+    usable = sum(can_be_read(model, row, config) for row in rows)
+    if usable == len(rows):
+        return
+    said = f"data.dev: {usable} of {len(rows)} questions can be read in at most {model.generator.max_tokens} tokens"
+    if not usable:
+        raise ConfigError(f"{said}; give shorter rows, or fewer passages in each")
+    tqdm.write(f"{said}; the others are left out")
 
 
 def check_logits(model: Model, rows: Sequence[Row], logits: TeacherLogits) -> None:

@@ -3,9 +3,10 @@
 Greedy throughout, as in the paper (OSCAR sec. 4: the teacher reads the passages as text, at most 128 new tokens).
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import httpx
@@ -17,17 +18,32 @@ from core.generator import Generator
 from core.prompts import Block, Prompt, PromptTemplate
 from core.sampling import GenerationOptions
 from core.tokenization import encode
-from training.chat_endpoint import ChatEndpoint, Message, complete_chats
+from training.chat_endpoint import ChatEndpoint, EndpointError, Message, complete_chats
 from training.data_format import Row
 from training.teacher_logits import TokenTargets
+
+log = logging.getLogger(__name__)
+
+SILENT = "the teacher said nothing"
+CUT = "the teacher's answer was cut at --max-new-tokens"
+NO_ROOM = "the prompt leaves no room for an answer"
+REFUSED = "the endpoint refused the prompt"
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherAnswer:
-    """What the teacher said; empty where it said nothing or could not read the row."""
+    """What the teacher said; empty where there is nothing to learn from, and `missing` is why."""
 
     text: str
     targets: TokenTargets | None = None
+    missing: str = ""
+
+
+def whole_answer(text: str, *, cut: bool) -> TeacherAnswer:
+    """`text` as an answer; none where it was cut: to learn it would be to learn to stop in mid-sentence."""
+    if cut:
+        return TeacherAnswer("", missing=CUT)
+    return TeacherAnswer(text.strip(), missing="" if text.strip() else SILENT)
 
 
 class Teacher(Protocol):
@@ -51,18 +67,19 @@ class LocalTeacher:
         self._top_k = top_k
 
     def answer(self, rows: Sequence[Row]) -> list[TeacherAnswer]:
-        """One answer a row; empty for a row whose prompt leaves no room for an answer in the model's positions."""
+        """One answer a row; empty where the answer is not whole, or the model has no positions left for it."""
         prompts = [self._prompt(row) for row in rows]
         room = self._generator.max_tokens - self._options.max_new_tokens
         fitting = [index for index, prompt in enumerate(prompts) if prompt.tokens <= room]
         options = [self._options] * len(fitting)
         chosen = [prompts[index] for index in fitting]
         completions = generate(self._generator, chosen, options, max_sequences=len(chosen)) if chosen else []
-        answers = [TeacherAnswer("")] * len(rows)
+        answers = [TeacherAnswer("", missing=NO_ROOM)] * len(rows)
         for index, completion in zip(fitting, completions, strict=True):
-            text = completion.text.strip()
-            wanted = self._top_k > 0 and bool(text)
-            answers[index] = TeacherAnswer(text, self._targets(prompts[index], text) if wanted else None)
+            answer = whole_answer(completion.text, cut=completion.finish_reason == "length")
+            if self._top_k > 0 and answer.text:
+                answer = replace(answer, targets=self._targets(prompts[index], answer.text))
+            answers[index] = answer
         return answers
 
     def _prompt(self, row: Row) -> Prompt:
@@ -86,7 +103,10 @@ class LocalTeacher:
 
 
 class EndpointTeacher:
-    """A model behind an OpenAI-compatible endpoint, which sees the words of the generator's prompt."""
+    """A model behind an OpenAI-compatible endpoint, which sees the words of the generator's prompt.
+
+    proven   it has answered before; else it is in error where it refuses all of the first rows
+    """
 
     def __init__(
         self,
@@ -94,22 +114,38 @@ class EndpointTeacher:
         prompt: PromptConfig,
         max_new_tokens: int = 128,
         *,
+        proven: bool = False,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._endpoint = endpoint
         self._system = prompt.system
         self._max_new_tokens = max_new_tokens
+        self._proven = proven
         self._transport = transport
         self._sleep = sleep
 
     def answer(self, rows: Sequence[Row]) -> list[TeacherAnswer]:
-        """One answer a row. Raises EndpointError."""
+        """One answer a row; empty where it is not whole or the row is refused. Raises EndpointError."""
         chats = [self._chat(row) for row in rows]
         replies = complete_chats(
-            self._endpoint, chats, self._max_new_tokens, transport=self._transport, sleep=self._sleep
+            self._endpoint,
+            chats,
+            self._max_new_tokens,
+            may_refuse=True,
+            transport=self._transport,
+            sleep=self._sleep,
         )
-        return [TeacherAnswer(reply.strip()) for reply in replies]
+        refused = {row.id: reply.refusal for row, reply in zip(rows, replies, strict=True) if reply.refusal}
+        if refused and len(refused) == len(rows) and not self._proven:
+            raise EndpointError(f"each of the first {len(rows)} rows is refused; {refused[rows[0].id]}")
+        self._proven = True
+        for row_id, refusal in refused.items():
+            log.warning("row %r: %s", row_id, refusal)
+        return [
+            TeacherAnswer("", missing=REFUSED) if reply.refusal else whole_answer(reply.text, cut=reply.cut)
+            for reply in replies
+        ]
 
     def _chat(self, row: Row) -> list[Message]:
         passages = "".join(f"\n[{number}] {passage.content}" for number, passage in enumerate(row.passages, start=1))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from training.dev import dev_score
 from training.hardware import DEVICES, choose_runtime
 from training.metrics_log import MetricsLog
 from training.objective import Objective
-from training.run_state import Progress, optimizer_tensors, recover_folder, restore_run, save_weights
+from training.run_state import Progress, optimizer_tensors, recover_folder, restore_run, run_settings, save_weights
 from training.runtime import Runtime
 from training.step import schedule, summarise, train_step, update
 from training.task import Task, load_examples, question_task
@@ -46,6 +47,12 @@ examples:
   accelerate launch --config_file training/configs/accelerate/ddp-gpu.yaml -m training train \\
       training/configs/paper-mistral-7b-n8.yaml --out runs/mistral
 """
+
+MOST_FAILED = 20  # steps in a row whose gradient is not finite: single ones are left out, so many are no accident
+DIVERGED = (
+    "the gradient was not finite in {} steps in a row: the run has diverged; lower optimizer.*_lr, or give "
+    "loop.precision=fp32 or a higher optimizer.warmup"
+)
 
 
 class Stop:
@@ -89,48 +96,57 @@ def count_steps(examples: int, config: TrainConfig) -> int:
 def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Progress:
     """Run `config` on `task` to its end or to a stop signal, going on from `folder/last` where there is one.
 
-    Nothing is written before model and data are found to be fit. Raises ConfigError, CheckpointError, BaseModelError.
+    Nothing is written before model and data are found to be fit. Raises ConfigError, also where gradients are not
+    finite any more, CheckpointError, BaseModelError.
     """
     model, groups, names = make_trainee(config, runtime)
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
-    progress = resume(folder, optimizer, names, runtime)
-    if runtime.rank == 0:
+    progress = resume(folder, run_settings(config), optimizer, names, runtime)
+    steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
+    if progress.is_over(steps, config.loop.patience):
+        return progress
+    if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     runtime.wait()
-    steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
     window: list[dict[str, float]] = []
-    started = time.perf_counter()
+    failed = 0  # steps in a row whose gradient was not finite
     bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not main)
     with Stop() as stop, MetricsLog(folder, main, progress.step) as log, bar:
         for step, epoch, indices in iterate_batches(task.lengths, config, progress.step):
+            started = time.perf_counter()
             # Seeded by position: dropout after a resume is what it would have been.
             torch.manual_seed(hash((config.loop.seed, step, runtime.rank)))
             mine = indices[runtime.rank :: runtime.world]
             examples, skipped = load_examples(task, model, mine, f"{config.loop.seed}/{epoch}")
             sums = train_step(objective, examples, config, runtime)
             norm = update(optimizer, names, config, schedule(step, steps, config.optimizer.warmup), runtime)
-            window.append(sums | {"grad_norm": norm})
+            failed = 0 if math.isfinite(norm) else failed + 1
+            if failed == min(MOST_FAILED, steps):
+                raise ConfigError(DIVERGED.format(failed))
             # A signal may reach one process only: they stop together or not at all.
             shared = runtime.sum_counts({"skipped": float(skipped), "stop": float(stop.requested)})
             progress.step, progress.examples = step + 1, progress.examples + len(indices)
             progress.skipped += int(shared["skipped"])
+            counts = {"skipped": shared["skipped"], "not_finite": float(failed > 0)}
+            window.append(sums | counts | {"grad_norm": norm, "seconds": time.perf_counter() - started})
             bar.update()
             last = progress.step == steps
             if progress.step % config.loop.log_every == 0 or last:
-                log.write(progress.step, "train", summarise(window, config.loss, time.perf_counter() - started))
-                window, started = [], time.perf_counter()
+                log.write(progress.step, "train", summarise(window, config.loss))
+                window = []
             if progress.step % config.loop.eval_every == 0 or last:
                 keep_best(objective, task, config, folder, progress, log, runtime)
-            exhausted = config.loop.patience is not None and progress.evaluations_since_best >= config.loop.patience
-            ending = last or bool(shared["stop"]) or exhausted
+            ending = bool(shared["stop"]) or progress.is_over(steps, config.loop.patience)
             if (main or runtime.sharded) and (ending or progress.step % config.loop.save_every == 0):
                 save_last(model, config, progress, folder, optimizer, names, main)
             if ending:
                 break
     runtime.wait()
+    if main and not progress.is_over(steps, config.loop.patience):
+        tqdm.write(f"stopped at step {progress.step} of {steps}; repeat the command to go on")
     return progress
 
 
@@ -143,14 +159,22 @@ def make_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dic
 
 
 def resume(
-    folder: Path, optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], runtime: Runtime
+    folder: Path,
+    settings: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    names: dict[nn.Parameter, str],
+    runtime: Runtime,
 ) -> Progress:
-    """Where `folder/last` stands, weights and optimiser set to it; the start of a run where there is none."""
+    """Where `folder/last` stands, weights and optimiser set to it; the start of a run where there is none.
+
+    Raises ConfigError where it was trained with other `settings`, CheckpointError where it does not fit.
+    """
     if runtime.rank == 0:
         recover_folder(folder / "last")
         recover_folder(folder / "best")
     runtime.wait()
-    return restore_run(folder / "last", optimizer, names) if (folder / "last").exists() else Progress()
+    last = folder / "last"
+    return restore_run(last, settings, optimizer, names) if last.exists() else Progress(settings=settings)
 
 
 def keep_best(
@@ -163,13 +187,16 @@ def keep_best(
     runtime: Runtime,
 ) -> None:
     """Evaluate on dev and write `best/` where this is the best so far."""
-    with runtime.autocast(config.loop.precision), runtime.gathered():
-        scores = task.evaluate(runtime.for_evaluation(objective))
+    evaluated = runtime.for_evaluation(objective)
+    with runtime.autocast(config.loop.precision, evaluated.model.device), runtime.gathered():
+        scores = task.evaluate(evaluated)
+    # The first process's count for all: kernels may round apart, and what one takes for the best all must.
+    scores = runtime.sum_counts({name: score if runtime.rank == 0 else 0.0 for name, score in scores.items()})
     log.write(progress.step, "dev", scores)
     score = dev_score(scores)
     progress.scores = scores
     progress.evaluations_since_best += 1
-    if progress.best_score is None or score > progress.best_score:
+    if math.isfinite(score) and (progress.best_score is None or score > progress.best_score):
         progress.best_score, progress.evaluations_since_best = score, 0
         if runtime.rank == 0 or runtime.sharded:
             save_weights(objective.model, config, progress, folder / "best", write=runtime.rank == 0)
@@ -232,4 +259,4 @@ def run_task(
         tqdm.write(f"{runtime.world} process{'es' if runtime.world > 1 else ''} on {runtime.device}{how}")
     progress = train(config, task, args.out, runtime)
     if runtime.rank == 0:
-        print(json.dumps(asdict(progress)))
+        print(json.dumps({name: value for name, value in asdict(progress).items() if name != "settings"}))

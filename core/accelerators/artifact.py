@@ -39,14 +39,13 @@ from core.accelerators.record import (
     read_record,
     read_record_of,
     refuse_unless,
-    sha256_of,
 )
 from core.accelerators.rows import AcceleratedCompressor
 from core.accelerators.vectors import record_vectors, verify_vectors
 from core.compressors import Compressor
 from core.config import dump_config
 from core.errors import CheckpointError
-from core.manifest import DTYPES, dtype_name
+from core.manifest import DTYPES, dtype_name, sha256_of
 from core.model import Model, place
 from core.tensor_files import write_tensors
 

@@ -141,13 +141,21 @@ def choose_bucket(buckets: Sequence[Bucket], rows: int, length: int) -> Bucket:
 def plan_passes(buckets: Sequence[Bucket], lengths: Sequence[int]) -> list[tuple[Bucket, list[int]]]:
     """Passes that take every row once: a bucket, and the indices of its rows in `lengths`.
 
-    Longest first, so that rows of like length share a pass. Raises ValueError for a row that no bucket holds.
+    Longest first, so that rows of like length share a pass; of all such plans, one with the fewest positions and, of
+    those, the fewest passes. Raises ValueError for a row that no bucket holds.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    passes = []
-    while order:
-        length = lengths[order[0]]
-        most = max((bucket.rows for bucket in buckets if bucket.length >= length), default=1)
-        group, order = order[:most], order[most:]
-        passes.append((choose_bucket(buckets, len(group), length), group))
+    total = len(order)
+    plans: dict[int, tuple[int, int, Bucket | None]] = {total: (0, 0, None)}  # by first row: positions, passes, bucket
+    for first in reversed(range(total)):
+        fitting = [bucket for bucket in buckets if bucket.length >= lengths[order[first]]]
+        if not fitting:
+            raise ValueError(f"no bucket holds a row of {lengths[order[first]]} positions")
+        rest = {bucket: plans[min(first + bucket.rows, total)] for bucket in fitting}
+        best = min(fitting, key=lambda bucket: (bucket.positions + rest[bucket][0], rest[bucket][1]))
+        plans[first] = (best.positions + rest[best][0], rest[best][1] + 1, best)
+    passes, first = [], 0
+    while (bucket := plans[first][2]) is not None:
+        passes.append((bucket, order[first : first + bucket.rows]))
+        first = min(first + bucket.rows, total)
     return passes

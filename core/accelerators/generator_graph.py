@@ -18,7 +18,7 @@ from core.accelerators.buckets import Bucket
 from core.accelerators.graph import MASKED, NOT_COMPUTED
 from core.errors import ConfigError
 from core.generator import Generator
-from core.kv_slots import AttentionMasks, PassCache
+from core.kv_slots import AttentionMasks, PassCache, kv_shape
 
 VARYING_ROPE = {"dynamic", "longrope"}  # kinds of rotary embeddings whose frequencies depend on the positions there are
 
@@ -112,8 +112,7 @@ def empty_cache(generator: Generator, bucket: Bucket) -> list[Tensor]:
     Zeros, not empty: a masked position still enters the sum with weight 0, and 0 * NaN is NaN.
     """
     config = generator.model.config
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads, head_dim = kv_shape(config)
     shape = (bucket.rows, kv_heads, bucket.length, head_dim)
     return [torch.zeros(shape, dtype=generator.dtype) for _ in range(2 * config.num_hidden_layers)]
 

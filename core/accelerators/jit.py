@@ -5,34 +5,18 @@ the graphs are traced again from the checkpoint's safetensors wherever they are 
 """
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.accelerators.base import Compiled, CompileSpec, Tensors
-from core.accelerators.eager import copy_weights
+from core.accelerators.eager import EagerGraph
 from core.errors import ConfigError
 
 
-class JitGraph:
-    """A traced module, held to the shapes and types of its trace: it would take others without a word, and be wrong."""
-
-    def __init__(self, traced: torch.jit.ScriptModule, examples: Tensors) -> None:
-        self._traced = traced
-        self._expected = [(example.shape, example.dtype) for example in examples]
-
-    @torch.inference_mode()
-    def __call__(self, *inputs: Tensor) -> Tensors:
-        """Run it. Raises ValueError for inputs of another shape or type."""
-        if [(each.shape, each.dtype) for each in inputs] != self._expected:
-            raise ValueError("the inputs do not have the shapes and types of this bucket")
-        return tuple(self._traced(*inputs))
-
-    def replace_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Copy them into the trace's parameters."""
-        copy_weights(self._traced, state)
+class JitGraph(EagerGraph):
+    """A traced module: unlike others it would take other shapes and types without a word, and be wrong."""
 
     def save(self, path: Path) -> None:
         """Not done, see above. Raises ConfigError."""

@@ -11,7 +11,7 @@ from core.accelerators.base import Accelerator, CompileSpec
 from core.accelerators.buckets import Bucket, GeneratorBuckets
 from core.config import STRICT
 from core.errors import CheckpointError
-from core.manifest import DTYPES, MANIFEST, DTypeName, Manifest, Sha256, parse_json, read_bounded
+from core.manifest import DTYPES, MANIFEST, DTypeName, Manifest, Sha256, parse_json, read_bounded, sha256_of
 from core.model import Model
 
 FOLDER, RECORD = "graphs", "graphs.json"
@@ -96,9 +96,3 @@ def refuse_unless(**found: tuple[Any, Any]) -> None:
     for name, (expected, actual) in found.items():
         if expected != actual:
             raise CheckpointError(f"graphs: {name}: were made for {expected}, and this is {actual}")
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, in hex."""
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

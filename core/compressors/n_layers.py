@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.compressors.base import Compressor
-from core.compressors.prefixes import Continuation, Prefix, Recorder, join_hidden, pick, rest_positions
+from core.compressors.prefixes import Continuation, Prefix, Recorder, at_positions, join_hidden, rest_positions
 from core.config import CompressorConfig
 from core.errors import ConfigError
-from core.kv_slots import AttentionMasks
+from core.kv_slots import AttentionMasks, kv_shape
 from core.rows import RowBatch, causal_row_format
 
 
@@ -46,8 +46,7 @@ class NLayersCompressor(Compressor):
     def prefix_like(self, length: int) -> Prefix:
         """A prefix of `length` positions without its numbers, on the meta device."""
         config = self.backbone.config
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads, head_dim = kv_shape(config)
         shape = (config.num_hidden_layers, 2, kv_heads, length, head_dim)
         hidden = torch.empty(length, config.hidden_size, dtype=self.slots.dtype, device="meta")
         return Prefix(torch.empty(shape, dtype=self.slots.dtype, device="meta"), hidden if self.reads_chunk else None)
@@ -67,7 +66,7 @@ class NLayersCompressor(Compressor):
         lengths = (batch.relevance_position + 1).tolist()  # [RR] is the last of a row
         positions = rest_positions(lengths, prefixes, batch.ids.device)  # (B, S)
         past = Continuation(prefixes, positions)
-        inputs = self.inputs(pick(batch.ids, positions, 0), pick(batch.slots, positions, -1))
+        inputs = self.inputs(at_positions(batch.ids, positions, 0), at_positions(batch.slots, positions, -1))
         mask = AttentionMasks(self.backbone.config, inputs.dtype).between(positions, past.key_positions)
         output = self.backbone(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, cache=past)
         return join_hidden(prefixes, output.last_hidden_state, positions, width)

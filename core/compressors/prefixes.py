@@ -118,7 +118,7 @@ def join_hidden(prefixes: Sequence[Prefix], rest: Tensor, positions: Tensor, wid
     return hidden[:, :width]
 
 
-def pick(values: Tensor, positions: Tensor, padding: int) -> Tensor:
+def at_positions(values: Tensor, positions: Tensor, padding: int) -> Tensor:
     """Of `values` (B, T), those at `positions` (B, S); `padding` where a position is behind the end."""
     width = values.shape[1]
     return functional.pad(values, (0, 1), value=padding).gather(1, positions.clamp(max=width))

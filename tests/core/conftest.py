@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from core.checkpoint import save_checkpoint
+from core.checkpoint import load_checkpoint, save_checkpoint
 from core.model import build_model
 from tests.tiny_checkpoints import LORA, make_config, random_adapter
 
@@ -16,6 +16,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert:
     model = build_model(make_config(tiny_llama, tiny_bert, LORA))
     folder = tmp_path_factory.mktemp("saved") / "v1"
     save_checkpoint(model, folder, adapter=random_adapter(model), training={"steps": 7})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merged(saved: Path) -> Path:
+    """A checkpoint with all of its generator in it. Not to be changed."""
+    folder = saved.with_name("merged")
+    model = load_checkpoint(saved)
+    save_checkpoint(model, folder, adapter=random_adapter(model), merge=True)
     return folder
 
 

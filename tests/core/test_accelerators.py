@@ -70,14 +70,14 @@ def test_static_shapes_change_no_result(tiny_llama: Path, tiny_bert: Path, kind:
     rows = rows_for(model)
     accelerated = compiled(model, EagerAccelerator())
     assert_same(accelerated(rows, model.generator.embed), today(model, rows), rows)
-    assert sum(accelerated.passes.values()) == -(-len(rows) // 4)
+    assert list(accelerated.passes.values()) == [len(rows) % 4, len(rows) // 4]
 
 
 def test_token_costs_are_those_of_the_graphs_that_serve(tiny_llama: Path, tiny_bert: Path) -> None:
     model = tiny_model(tiny_llama, tiny_bert)
     accelerated = model.accelerated = compiled(model, EagerAccelerator())
     costs = measure_token_costs(model, repeats=2)
-    assert sum(accelerated.passes.values()) == 3
+    assert list(accelerated.passes.values()) == [6, 0]
     assert costs.compressor_s > 0 < costs.prefill_s
 
 

@@ -43,6 +43,26 @@ def test_every_row_is_in_one_pass_that_holds_it(lengths: list[int], names: str) 
 
 
 @pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [
+        ([200] * 2, ["1x256"] * 2),  # 512 positions, and 2048 as one pass of eight rows
+        ([200] * 8, ["8x256"]),
+        ([200] * 10, ["1x256", "1x256", "8x256"]),
+        ([200] + [60] * 8, ["1x256", "8x64"]),
+        ([60] * 7, ["1x64"] * 7),
+    ],
+)
+def test_a_pass_of_many_rows_is_for_many_rows(lengths: list[int], passes: list[str]) -> None:
+    buckets = parse_buckets("1x64,1x256,8x64,8x256")
+    assert [str(bucket) for bucket, _ in plan_passes(buckets, lengths)] == passes
+
+
+def test_a_row_that_no_bucket_holds_has_no_pass() -> None:
+    with pytest.raises(ValueError, match="no bucket holds a row of 65"):
+        plan_passes(parse_buckets("1x64,8x64"), [60, 65])
+
+
+@pytest.mark.parametrize(
     ("text", "reason"), [("8", "ROWSxPOSITIONS"), ("0x64", "0x64"), ("8x64,", "''"), ("8x-1", "8x-1"), ("", "''")]
 )
 def test_what_is_no_bucket_is_refused(text: str, reason: str) -> None:

@@ -8,9 +8,11 @@ memory or time that the files on disk do not account for.
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +21,17 @@ from core.errors import BaseModelError, CheckpointError
 from core.manifest import MANIFEST
 from tests.tiny_checkpoints import sign
 
-TENSORS = ["compressor.safetensors", "generator.safetensors", "golden.safetensors"]
-DOCUMENTS = ["config.json", "golden.json", "compressor_base/config.json", MANIFEST]
+TENSORS = [
+    *(("saved", name) for name in ("compressor.safetensors", "generator.safetensors", "golden.safetensors")),
+    ("merged", "generator/model.safetensors"),
+]
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+DOCUMENTS = [
+    *(("saved", name) for name in ("config.json", "golden.json", MANIFEST)),
+    *(("saved", f"compressor_base/{name}") for name in MODEL_FILES),
+    *(("merged", f"generator/{name}") for name in (*MODEL_FILES, "generation_config.json")),
+]
+TEMPLATE = "generator/chat_template.jinja"
 FUZZ = settings(
     max_examples=25,
     derandomize=True,
@@ -39,9 +50,18 @@ def load_or_refuse(folder: Path) -> None:
         load_checkpoint(folder)
 
 
-def fresh(saved: Path, tmp_path: Path) -> Path:
-    shutil.rmtree(tmp_path / "v1", ignore_errors=True)
-    return Path(shutil.copytree(saved, tmp_path / "v1"))
+Fresh = Callable[[str], Path]
+
+
+@pytest.fixture
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Fresh:
+    """Makes a copy of the checkpoint of a fixture's name, in the place of the last one."""
+
+    def copy(name: str) -> Path:
+        shutil.rmtree(tmp_path / "v1", ignore_errors=True)
+        return Path(shutil.copytree(request.getfixturevalue(name), tmp_path / "v1"))
+
+    return copy
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -71,9 +91,10 @@ def damaged(data: st.DataObject, document: Any) -> Any:
 
 @FUZZ
 @given(data=st.data())
-def test_damaged_headers_of_tensor_files(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    folder = fresh(saved, tmp_path)
-    path = folder / data.draw(st.sampled_from(TENSORS), label="file")
+def test_damaged_headers_of_tensor_files(fresh: Fresh, data: st.DataObject) -> None:
+    kind, name = data.draw(st.sampled_from(TENSORS), label="file")
+    folder = fresh(kind)
+    path = folder / name
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(damaged(data, json.loads(content[8 : 8 + size]))).encode()
@@ -85,9 +106,10 @@ def test_damaged_headers_of_tensor_files(saved: Path, tmp_path: Path, data: st.D
 
 @FUZZ
 @given(data=st.data())
-def test_damaged_bytes_of_tensor_files(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    folder = fresh(saved, tmp_path)
-    path = folder / data.draw(st.sampled_from(TENSORS), label="file")
+def test_damaged_bytes_of_tensor_files(fresh: Fresh, data: st.DataObject) -> None:
+    kind, name = data.draw(st.sampled_from(TENSORS), label="file")
+    folder = fresh(kind)
+    path = folder / name
     content = bytearray(path.read_bytes())
     size = 8 + int.from_bytes(content[:8], "little")
     for _ in range(data.draw(st.integers(1, 4), label="bytes changed")):
@@ -99,9 +121,9 @@ def test_damaged_bytes_of_tensor_files(saved: Path, tmp_path: Path, data: st.Dat
 
 @FUZZ
 @given(data=st.data())
-def test_damaged_documents(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
-    folder = fresh(saved, tmp_path)
-    name = data.draw(st.sampled_from(DOCUMENTS), label="file")
+def test_damaged_documents(fresh: Fresh, data: st.DataObject) -> None:
+    kind, name = data.draw(st.sampled_from(DOCUMENTS), label="file")
+    folder = fresh(kind)
     document = damaged(data, json.loads((folder / name).read_text()))
     (folder / name).write_text(json.dumps(document))
     if name != MANIFEST:
@@ -110,9 +132,10 @@ def test_damaged_documents(saved: Path, tmp_path: Path, data: st.DataObject) -> 
 
 
 @FUZZ
-@given(raw=st.binary(max_size=64), name=st.sampled_from(DOCUMENTS + TENSORS))
-def test_files_that_are_something_else(saved: Path, tmp_path: Path, raw: bytes, name: str) -> None:
-    folder = fresh(saved, tmp_path)
+@given(raw=st.binary(max_size=64), file=st.sampled_from([*DOCUMENTS, *TENSORS, ("merged", TEMPLATE)]))
+def test_files_that_are_something_else(fresh: Fresh, raw: bytes, file: tuple[str, str]) -> None:
+    kind, name = file
+    folder = fresh(kind)
     (folder / name).write_bytes(raw)
     if name != MANIFEST:
         sign(folder)

@@ -58,6 +58,12 @@ def test_a_spoilt_folder_is_refused(copied: Path, spoil: Callable[[Path], object
 SLOTS = "slots"
 
 
+def shift_ids(tokenizer: dict[str, Any]) -> None:
+    """Give all but the first tokens of a vocabulary an id that no table of embeddings has."""
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({token: index + 10**6 for token, index in vocabulary.items() if index >= 200})
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -68,9 +74,22 @@ SLOTS = "slots"
         ("config.json", lambda c: c["compressor"].update(kind="n_layers", base_model=""), "compressor_base/: is there"),
         ("config.json", lambda c: c["generator"].update(lora=None), "generator.safetensors: must be there"),
         ("config.json", lambda c: c["generator"]["lora"].update(r=3), r"has shape \(2, 128\), not \(3, 128\)"),
+        ("config.json", lambda c: c["compressor"].update(pointer_window=10**30), "compressor.pointer_window: .* 4096"),
+        ("config.json", lambda c: c["compressor"].update(pointer_lead=10**30), "compressor.pointer_lead: .* 4096"),
+        (
+            "config.json",
+            lambda c: c["compressor"].update(chunk_tokens=10**400),
+            "compressor.chunk_tokens: must",
+        ),
+        (
+            "compressor_base/config.json",
+            lambda c: c.update(num_hidden_layers=10**6),
+            "num_hidden_layers is 1000000",
+        ),
         ("compressor_base/config.json", lambda c: c.update(hidden_size=10**6), "shape|cannot be built"),
         ("compressor_base/config.json", lambda c: c.update(hidden_size="wide"), "cannot be built"),
         ("compressor_base/config.json", lambda c: c.update(model_type="nothing"), "cannot be built"),
+        ("compressor_base/tokenizer.json", shift_ids, "tokens that its model does not have"),
         ("golden.json", lambda c: c.update(extra=1), "extra: unknown key"),
         ("golden.json", lambda c: c.update(rate=5), r"golden\.json: rate"),
         ("golden.json", lambda c: c.update(query=" "), r"golden\.json: query"),

@@ -1,6 +1,7 @@
 """Configurations are checked whole: every key, every type, every contradiction."""
 
 import dataclasses
+import datetime
 import json
 import math
 from typing import Any
@@ -39,6 +40,17 @@ def test_a_dumped_config_reads_back_the_same() -> None:
         ({"compressor": {"layers": 3}}, "compressor.layers: unknown key"),
         ({"compressor": {"n_layers": "eight"}}, "compressor.n_layers"),
         ({"compressor": {"n_layers": 0}}, "compressor.n_layers"),
+        ({"compressor": {"n_layers": "8"}}, "compressor.n_layers: must be a valid integer"),
+        ({"compressor": {"n_layers": 8.0}}, "compressor.n_layers: must be a valid integer"),
+        ({"compressor": {"query_tokens": True}}, "compressor.query_tokens: must be a valid integer"),
+        ({"compressor": {"rates": ["16"]}}, "compressor.rates.0: must be a valid integer"),
+        ({"compressor": {"pointer_window": 4097}}, "compressor.pointer_window"),
+        ({"compressor": {"chunk_tokens": 1 << 31}}, "compressor.chunk_tokens"),
+        ({"trained": "yes"}, "trained: must be a valid boolean"),
+        ({"trained": 1}, "trained: must be a valid boolean"),
+        ({"relevance": {"scale": "1.5"}}, "relevance.scale: must be a valid number"),
+        ({"relevance": {"scale": False}}, "relevance.scale: must be a valid number"),
+        ({datetime.date(2024, 1, 1): 1}, "keys must be str"),
         ({"compressor": {"readout": "mean"}}, "compressor.readout"),
         ({"compressor": {"kind": "encoder"}}, "base_model"),
         ({"compressor": {"base_model": "minilm-l6"}}, "base_model"),
@@ -57,6 +69,11 @@ def test_what_is_wrong_is_named(values: Any, said: str) -> None:
         parse_config(Config, values, "my.json")
     assert caught.value.message.startswith("my.json: ")
     assert said in caught.value.message
+
+
+def test_an_integer_is_a_number_and_a_list_a_tuple() -> None:
+    config = parse_config(Config, {"relevance": {"scale": 2}, "compressor": {"rates": [16, 8]}}, "my.json")
+    assert (config.relevance.scale, config.compressor.rates) == (2.0, (16, 8))
 
 
 def test_every_wrong_key_is_named_at_once() -> None:

@@ -161,6 +161,15 @@ def test_a_generator_token_of_many_compressor_tokens_keeps_the_budget(tiny_bert:
     assert [len(chunk.compressor_ids) for chunk in chunks][1] == 32
 
 
+def test_a_last_token_over_the_budget_is_a_chunk_as_it_is(tiny_bert: Path) -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
+    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    for text, chunks in (("#" * 80, 1), (f"Above {'#' * 80}", 2)):
+        found = chunk_passage(Passage(text), 0, words, load_tokenizer(tiny_bert), 64)
+        assert [len(chunk.generator_ids) for chunk in found] == [1] * chunks
+        assert (len(found[-1].compressor_ids), found[-1].end) == (64, len(text))
+
+
 def test_what_the_encoder_cannot_see_still_has_a_token_to_read(llama: PreTrainedTokenizerBase, tiny_bert: Path) -> None:
     bert = load_tokenizer(tiny_bert)
     assert encode(bert, "\u200b\u200d\x07").ids == []

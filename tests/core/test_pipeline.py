@@ -27,6 +27,8 @@ from core.pipeline import (
     rows_of,
     text_prompt_tokens,
 )
+from core.planning import plan_request
+from core.policy import Policy
 from core.sampling import GenerationOptions
 from core.tokenization import encode
 from tests.tiny_models import TEXT
@@ -217,6 +219,19 @@ def test_an_answer_says_what_it_was_made_from(model: Model, mode: Any) -> None:
     parts = [time for stage, time in result.timings_ms.items() if stage != "total"]
     assert sum(parts) == pytest.approx(result.timings_ms["total"])
     assert result.text == answer(model, QUERY, passages, mode, options=GenerationOptions(max_new_tokens=5)).text
+
+
+def test_an_answer_that_leaves_the_prompt_no_room_is_refused(model: Model) -> None:
+    request, positions = prepare(model, QUERY, PASSAGES), model.generator.max_tokens
+    around = model.template.frame(QUERY, 0)[0]
+    for policy in (Policy("auto"), Policy("hybrid", max_prompt_tokens=400)):
+        plan_request(model, request, policy, max_new_tokens=positions - around)
+        for tokens in (positions - around + 1, positions, 10 * positions):
+            said = f"is {tokens}, but without any passage the prompt takes {around} of {positions}"
+            with pytest.raises(InvalidInputError, match=said) as caught:
+                plan_request(model, request, policy, max_new_tokens=tokens)
+            assert caught.value.field == "max_new_tokens"
+    plan_request(model, request, Policy("compressed"), max_new_tokens=positions)  # that answer is cut
 
 
 @pytest.mark.parametrize(

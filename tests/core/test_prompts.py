@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.config import PromptConfig
+from core.errors import BaseModelError
 from core.prompts import Block, Content, PromptTemplate, end_of_turn_id, stack_prompts
 from core.tokenization import encode, load_tokenizer
 
@@ -85,11 +86,17 @@ def test_a_template_with_a_date_and_thinking_is_held_to_one_form(tiny_llama: Pat
     assert decode(tokenizer, prompt.ids) == f"26 Jul 2024\n{CONFIG.system}\n{USER}\n<think></think>"
 
 
-def test_a_template_that_hides_the_question_is_refused(tiny_llama: Path) -> None:
+def test_a_template_that_does_not_work_is_refused(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    tokenizer.chat_template = "<|im_start|>"
-    with pytest.raises(ValueError, match="exactly once"):
-        PromptTemplate(tokenizer, CONFIG)
+    for template, said in (
+        ("<|im_start|>", "exactly once"),
+        ("{% for", "unexpected 'end of template'"),
+        ("{{ raise_exception('no') }}", "chat template cannot be used: no"),
+        ("{{ messages[0]['content'] + 1 }}", "chat template cannot be used"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(BaseModelError, match=said):
+            PromptTemplate(tokenizer, CONFIG)
 
 
 def test_memory_stands_where_the_passage_would(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> None:

@@ -117,6 +117,7 @@ def test_a_moved_row_goes_on_as_it_was() -> None:
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_k", -1),
+        ("top_k", 2**31),
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("",)),

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.config import Mode
 from core.model import Model
-from core.pipeline import prepare, rows_of
+from core.pipeline import CompressedChunk, CompressedPassage, passage_text_ids, prepare, rows_of
 from core.readouts import candidates
 from core.rows import collate_rows
 from tests.tiny_pipeline import tiny_model
@@ -19,14 +20,19 @@ from training.batches import (
     BUCKET_BATCHES,
     example_tokens,
     find_hits,
+    find_siblings,
     make_example,
     micro_batches,
     plan_epoch,
+    prompt_tokens,
     sample_passages,
     teacher_targets,
 )
 from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
+from training.dev import rank_gold
+from training.objective import lay_out
+from training.questions import to_questions
 from training.teacher_logits import TeacherLogits, TokenTargets, shard_path, write_shard
 
 ALIGNED = LossConfig(alignment=1.0)
@@ -40,6 +46,11 @@ def model(tiny_llama: Path) -> Model:
 @pytest.fixture(scope="module")
 def pointing(tiny_llama: Path, tiny_bert: Path) -> Model:
     return tiny_model(tiny_llama, tiny_bert, readout="pointer", pointer_window=4)
+
+
+def compressed_passage(score: float) -> CompressedPassage:
+    """A passage of one chunk with a raw score."""
+    return CompressedPassage(0, (CompressedChunk(0, 1, 1, torch.zeros(1, 1), score, None),), None)
 
 
 @given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
@@ -73,6 +84,33 @@ def test_relevant_passages_are_kept_and_shuffled() -> None:
         assert not empty
         places.append([passage.relevance for passage in chosen].index(1.0))
     assert set(places) == {0, 1}
+
+
+def test_a_passage_is_relevant_from_one_half_on_wherever_it_is_asked(model: Model) -> None:
+    row = make_rows(1)[0]
+    halfway = replace(row.passages[0], relevance=0.5)
+    row = replace(row, passages=(*row.passages[1:], halfway))
+    for seed in range(6):
+        assert halfway in sample_passages(row, DataConfig(passages=1), random.Random(seed))[0]
+    assert find_siblings([row, replace(row, id="other")]) == [[1], [0]]
+    assert to_questions([row])[0].gold == (False, False, True)
+    assert rank_gold([row], [[compressed_passage(score) for score in (0.0, 1.0, 2.0)]]) == [1.0]
+    hits = find_hits(model, prepare(model, row.query, row.passages), row.passages, row.answers)
+    assert any(hits)
+
+
+@pytest.mark.parametrize("mode", ["compressed", "hybrid", "text"])
+def test_prompt_tokens_are_those_of_the_prompt(model: Model, mode: Mode) -> None:
+    row = make_rows(4)[3]
+    data = DataConfig(passages=0, modes={mode: 1.0})
+    example = make_example(model, row, data, LossConfig(), "k")
+    texts = [len(ids) for ids in passage_text_ids(example.request)]
+    # Scores that show the longest passage as text in `hybrid`: the most there can be.
+    scores = torch.tensor([float(size == max(texts)) for size in texts])
+    memory = [torch.zeros(one.memory_tokens, 1) for one in example.rows]
+    prefix, _, _ = lay_out(model, example, memory, scores)
+    counted = prompt_tokens(model, example.request, example.rows, mode)
+    assert counted == len(prefix) + len(model.template.question_ids(row.query))
 
 
 def test_text_examples_keep_the_most_relevant_of_their_passages(model: Model) -> None:

@@ -116,6 +116,13 @@ def test_a_line_that_is_not_utf_8_is_a_broken_line(tmp_path: Path) -> None:
     assert report.lines == {"broken line": [1]}
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n", encoding="utf-8-sig")
+    kept, report = read_rows(path)
+    assert ([row.id for row in kept], report.lines) == (["a"], {})
+
+
 def test_refusing_names_the_file_the_line_and_the_field(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", GOOD, GOOD | {"id": "b", "query": ""})
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: empty: query is empty"):

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
 
-from tests.tiny_training import make_config, make_objective, make_rows
-from training.data_format import Row, RowPassage
+from tests.tiny_training import make_config, make_objective, make_rows, settings, write_run
+from training.__main__ import main
+from training.data_format import Row, RowPassage, write_rows
 from training.dev import evaluate_dev
 
 
@@ -47,3 +49,19 @@ def test_a_question_that_cannot_be_read_is_left_out(tiny_llama: Path) -> None:
     objective, _ = make_objective(config)
     bad = Row("bad", "Where?", (RowPassage(" \n "),), ("here",))
     assert evaluate_dev(objective, [*make_rows(2), bad], config) == evaluate_dev(objective, make_rows(2), config)
+
+
+def test_a_question_too_long_for_the_generator_ends_no_run(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes = {"compressed": 0.5, "text": 0.5}
+    config = write_run(tmp_path, settings(tiny_llama, data={"modes": modes, "passages": 0}, loop={"max_steps": 1}))
+    long = RowPassage("Cats and dogs sleep. " * 800, relevance=1.0)
+    huge = Row("huge", "Where?", (long, long), ("here",))
+    write_rows(tmp_path / "dev.jsonl", [*make_rows(2), huge])
+    assert main(["train", str(config), "--out", str(tmp_path / "out")]) == 0
+    assert "data.dev: 2 of 3 questions can be read" in capsys.readouterr().out
+    write_rows(tmp_path / "huge.jsonl", [huge])
+    overrides = [f"data.dev={tmp_path / 'huge.jsonl'}"]
+    assert main(["train", str(config), "--out", str(tmp_path / "none"), *overrides]) == 1
+    assert "data.dev: 0 of 1 questions can be read" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Where a run runs: the benchmark of the loop, and Trainium's runtime where torch_xla is and where it is not."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -10,9 +11,15 @@ import torch
 from core.errors import ConfigError
 from tests.tiny_training import losses, settings, write_run
 from training.__main__ import main
-from training.config import Precision
+from training.config import Precision, load_config
 from training.hardware import choose_runtime
-from training.runtime import AccelerateRuntime
+from training.metrics_log import MetricsLog
+from training.objective import Objective
+from training.run_state import Progress
+from training.runtime import AccelerateRuntime, M
+from training.task import question_task
+from training.train import keep_best
+from training.trainee import build_trainee
 
 HAS_XLA = importlib.util.find_spec("torch_xla") is not None
 
@@ -43,6 +50,26 @@ def test_auto_is_bfloat16_where_the_hardware_computes_in_it(monkeypatch: pytest.
         for precision, expected in expectations.items():
             with runtime.autocast(precision):
                 assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == expected
+
+
+class CopyingRuntime(AccelerateRuntime):
+    """Evaluates a copy on the CPU, whatever device it trains on: as on Trainium."""
+
+    def for_evaluation(self, module: M) -> M:
+        return copy.deepcopy(module).to("cpu")
+
+
+def test_a_copy_on_the_cpu_is_evaluated_in_the_cpus_precision(tiny_llama: Path, tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, settings(tiny_llama, loop={"precision": "bf16"})))
+    assert config.model.generator.lora is not None
+    assert config.model.generator.lora.dropout > 0  # such layers leave it to autocast to bring types together
+    runtime, progress = CopyingRuntime(), Progress()
+    objective = Objective(build_trainee(config, runtime)[0], config.loss, 256)
+    runtime.device = torch.device("xla")
+    with MetricsLog(tmp_path, enabled=False) as log:
+        keep_best(objective, question_task(config), config, tmp_path, progress, log, runtime)
+    assert progress.best_score is not None
+    assert (tmp_path / "best").exists()
 
 
 @pytest.mark.skipif(HAS_XLA, reason="torch_xla is installed here")

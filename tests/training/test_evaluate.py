@@ -1,73 +1,34 @@
-"""The evaluation of a tiny random checkpoint from the command line: records, resuming, costs, calibration."""
+"""The evaluation of a tiny random checkpoint from the command line: records, resuming, costs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from core.answer import answer
-from core.checkpoint import load_checkpoint, save_checkpoint
-from core.config import CompressorConfig, Config, GeneratorConfig, LoraConfig
+from core.checkpoint import load_checkpoint
 from core.errors import ConfigError, InputError
-from core.generator import adapter_shapes
-from core.model import Model, build_model
-from core.passages import Passage
+from core.model import Model
 from core.pipeline import prepare as prepare_request
 from core.pipeline import text_prompt_tokens
 from core.sampling import GenerationOptions
-from training.__main__ import main
+from tests.tiny_evaluation import make_checkpoint, make_rows, read_json, run_evaluate
 from training.answering import answer_batch
 from training.costs import measure_cost
 from training.data_format import Row, RowPassage, write_rows
 from training.data_quality import DataError
-from training.evaluation import Plan, evaluate, judge_answers
-from training.intervals import Bootstrap
+from training.evaluation import Plan, evaluate
 from training.questions import Question, to_questions
 from training.rankers import EmbeddingRanker, rank_bm25
 from training.results import AnswerRecord, CostRecord, RankingRecord, ResultsFile, Setting, read_results
-from training.summary import summarise
 
-TOPICS = ["river Rhine", "Marie Curie", "bread", "moon", "computer", "whale", "coffee", "glass"]
 OPTIONS = GenerationOptions(max_new_tokens=4)
-BOOTSTRAP = Bootstrap(resamples=20)
 TEXT, COMPRESSED = Setting("text", None, 3), Setting("compressed", 4, 3)
-
-
-def make_rows(count: int = 4) -> list[Row]:
-    """Questions with one gold passage, in a place that changes, and four others."""
-    rows = []
-    for number in range(count):
-        passages = [
-            RowPassage(f"This is about {topic}: it was seen {1900 + index} times. " * (1 + index % 3), topic, None, 0.0)
-            for index, topic in enumerate(TOPICS[:4])
-        ]
-        gold = RowPassage(f"The {TOPICS[4 + number % 4]} was found in {1960 + number}.", "", None, 1.0)
-        passages.insert(number % 5, gold)
-        rows.append(
-            Row(f"q{number}", f"When was the {TOPICS[4 + number % 4]} found?", tuple(passages), (f"{1960 + number}",))
-        )
-    return rows
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained n_layers compressor on a tiny Llama with a LoRA of random weights."""
-    lora = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
-    config = Config(
-        compressor=CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=16, rates=(4, 8)),
-        generator=GeneratorConfig(base_model=str(tiny_llama), lora=lora),
-    )
-    model = build_model(config)
-    source = torch.Generator().manual_seed(0)
-    adapter = {
-        name: 0.1 * torch.randn(shape, generator=source)
-        for name, shape in adapter_shapes(model.generator.model, lora).items()
-    }
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    save_checkpoint(model, folder, adapter=adapter)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", tiny_llama)
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +39,6 @@ def model(checkpoint: Path) -> Model:
 @pytest.fixture
 def questions() -> list[Question]:
     return to_questions(make_rows())
-
-
-def run_command(checkpoint: Path, data: Path, out: Path, *more: str) -> int:
-    arguments = ["--checkpoint", str(checkpoint), "--data", str(data), "--out", str(out), "--max-new-tokens", "4"]
-    return main(["evaluate", *arguments, "--resamples", "20", "--batch-size", "2", "--cost-questions", "1", *more])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
 
 
 def test_with_passages_keeps_gold_and_order(questions: list[Question]) -> None:
@@ -165,7 +116,7 @@ def test_rankers_score_every_passage(questions: list[Question], tiny_bert: Path)
 def test_evaluate_writes_results_and_report(checkpoint: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "dev.jsonl.gz", tmp_path / "out"
     write_rows(data, make_rows())
-    assert run_command(checkpoint, data, out, "--passages", "3", "1", "--ranking-passages", "5") == 0
+    assert run_evaluate(checkpoint, data, out, "--passages", "3", "1", "--ranking-passages", "5") == 0
     result = read_json(out / "result.json")
     names = [entry["name"] for entry in result["settings"]]
     assert names == [
@@ -268,90 +219,25 @@ def test_results_of_another_run_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "absent.jsonl")
 
 
-def test_judgements_are_kept_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = Question("q", "When?", ("1960",), (Passage("In 1960."),), (True,))
-    results = ResultsFile.open(tmp_path / "results.jsonl", {})
-    results.append([made_answer("q", TEXT, "1960", 1.0), made_answer("q", COMPRESSED, "1961", 0.0)])
-    asked: list[str] = []
-
-    def judge_double(_endpoint: object, cases: list[Any]) -> Any:
-        """Stands in for a judge model: right is what a reference says."""
-        asked.extend(case.answer for case in cases)
-        yield [float(case.answer in case.references) for case in cases]
-
-    monkeypatch.setattr("training.evaluation.judge", judge_double)
-    for _ in range(2):
-        judge_answers(None, [question], results)  # type: ignore[arg-type]  # the double asks no endpoint
-    assert asked == ["1960", "1961"]
-    settings = summarise({}, read_results(results.path).records, BOOTSTRAP)["settings"]
-    assert [entry["judge"]["value"] for entry in settings] == [1.0, 0.0]
-
-
-def test_retention_is_against_the_baseline_where_one_is_given() -> None:
-    own = [made_answer(f"q{i}", setting, "x", f1) for i in range(4) for setting, f1 in ((TEXT, 0.5), (COMPRESSED, 0.4))]
-    other = [made_answer(f"q{i}", TEXT, "x", 0.8) for i in range(4)]
-    alone = {entry["mode"]: entry for entry in summarise({}, own, BOOTSTRAP)["settings"]}
-    against = {entry["mode"]: entry for entry in summarise({}, own, BOOTSTRAP, other)["settings"]}
-    assert alone["compressed"]["retention"]["f1"]["value"] == pytest.approx(0.8)
-    assert alone["text"]["retention"]["f1"]["value"] == 1
-    assert against["compressed"]["retention"]["f1"]["value"] == pytest.approx(0.5)
-    assert against["text"]["retention"]["f1"]["value"] == pytest.approx(0.625)
-
-
-def test_text_baseline_must_be_of_the_same_questions(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_question_too_long_for_one_mode_is_left_out_in_every_mode(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, other, text = tmp_path / "dev.jsonl", tmp_path / "other.jsonl", tmp_path / "text"
-    write_rows(data, make_rows(2))
-    write_rows(other, make_rows(3))
-    fast = ["--cost-questions", "0", "--passages", "2"]
-    assert run_command(checkpoint, data, text, "--modes", "text", *fast) == 0
-    more = ["--modes", "compressed", "--rates", "8", "--text-baseline", str(text / "results.jsonl"), *fast]
-    assert run_command(checkpoint, data, tmp_path / "kept", *more) == 0
-    (entry,) = read_json(tmp_path / "kept" / "result.json")["settings"]
-    assert 0 < entry["prompt_tokens_share"]["value"] < 1
-    assert entry["flops"] == {}
-    assert run_command(checkpoint, other, tmp_path / "refused", *more) == 1
-    assert "measured on other data" in capsys.readouterr().err
-    assert run_command(checkpoint, data, tmp_path / "refused", "--judge-url", "http://judge.test/v1") == 1
-    assert "go together" in capsys.readouterr().err
+    long = tuple(RowPassage("cats and dogs sleep. " * 400, "", None, float(i == 0)) for i in range(2))
+    data, out = tmp_path / "dev.jsonl", tmp_path / "out"
+    write_rows(data, [*make_rows(2), Row("big", "Where?", long, ("here",))])
+    fast = ["--rates", "8", "--cost-questions", "0"]
+    assert run_evaluate(checkpoint, data, out, *fast) == 0
+    assert "1 of 3 questions are left out" in caplog.text
+    result = read_json(out / "result.json")
+    assert (result["run"]["questions"], result["run"]["left_out"]) == (3, ["big"])
+    assert {entry["questions"] for entry in (*result["settings"], *result["ranking"])} == {2}
+    assert "| left out " in (out / "report.md").read_text()
 
+    assert run_evaluate(checkpoint, data, tmp_path / "compressed", "--modes", "compressed", *fast) == 0
+    (entry,) = read_json(tmp_path / "compressed" / "result.json")["settings"]
+    assert entry["questions"] == 3  # its embeddings do fit
+    assert run_evaluate(checkpoint, data, tmp_path / "compressed", *fast) == 0  # text beside what is there already
+    assert {entry["questions"] for entry in read_json(tmp_path / "compressed" / "result.json")["settings"]} == {2}
 
-def test_survival_where_text_is_right_leaves_out_the_other_questions() -> None:
-    def pair(number: int, text_right: float, survived: float | None) -> list[AnswerRecord]:
-        return [
-            made_answer(f"q{number}", TEXT, "x", 1.0, substring=text_right, survival=text_right),
-            made_answer(f"q{number}", COMPRESSED, "x", 1.0, survival=survived),
-        ]
-
-    records = [*pair(0, 1.0, 1.0), *pair(1, 1.0, 0.0), *pair(2, 0.0, 0.0), *pair(3, 1.0, 1.0), *pair(4, 1.0, None)]
-    entries = {entry["mode"]: entry for entry in summarise({}, records, BOOTSTRAP)["settings"]}
-    assert entries["compressed"]["survival_where_text_right"]["value"] == pytest.approx(2 / 3)
-    assert entries["compressed"]["survival_where_text_right"]["n"] == 3
-    assert entries["compressed"]["survival"]["value"] == pytest.approx(2 / 4)
-
-
-def test_calibrate_writes_a_checkpoint_that_answers_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
-    data, out, calibrated = tmp_path / "dev.jsonl", tmp_path / "out", tmp_path / "calibrated"
-    write_rows(data, make_rows(6))
-    assert run_command(checkpoint, data, out, "--modes", "compressed", "--rates", "4", "--passages", "4") == 0
-    arguments = ["--checkpoint", str(checkpoint), "--results", str(out / "results.jsonl"), "--out", str(calibrated)]
-    assert main(["calibrate", *arguments, "--passages", "3"]) == 1  # nothing was ranked with 3 passages
-    assert main(["calibrate", *arguments, "--passages", "4"]) == 0
-    after = load_checkpoint(calibrated)
-    assert after.config.relevance.threshold is not None
-    assert after.config.relevance != model.config.relevance
-    row = make_rows()[0]
-    question = to_questions([row])[0]
-    old, new = (answer(each, question.query, question.passages, options=OPTIONS) for each in (model, after))
-    assert new.text == old.text
-    calibration = read_json(out / "result.json")["no_answer"][-1]["calibration"]
-    assert after.config.relevance.scale == pytest.approx(calibration["scale"])
-    assert main(["calibrate", *arguments[:-1], str(tmp_path / "again"), "--checkpoint", str(calibrated)]) == 1
-
-
-def made_answer(
-    question: str, setting: Setting, text: str, f1: float, *, substring: float = 0.0, survival: float | None = None
-) -> AnswerRecord:
-    """A record with the figures that a test is about."""
-    return AnswerRecord(question, setting, text, f1, f1, substring, f1, survival, 10, 2, {"decode": 0.1})
+    write_rows(data, [Row("big", "Where?", long, ("here",))])
+    assert run_evaluate(checkpoint, data, tmp_path / "nothing", *fast) == 1

@@ -132,6 +132,9 @@ def test_what_is_no_run_is_refused_with_a_reason(
         return capsys.readouterr().err
 
     assert "neither a checkpoint" in refused(str(tmp_path))
+    (finished_run / "best").rename(finished_run / "last")
+    assert f"the state this run stopped at is {finished_run / 'last'}" in refused(str(finished_run))
+    (finished_run / "last").rename(finished_run / "best")
     assert "pip.repos.neuron.amazonaws.com" in refused(str(finished_run), "--target", "neuron")  # no SDK here
     assert "are for --target" in refused(str(finished_run), "--buckets", "8x256")
     assert "are for --target" in refused(str(finished_run), "--generator", "2x64")

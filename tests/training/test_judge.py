@@ -3,15 +3,25 @@
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.passages import Passage
+from tests.tiny_evaluation import made_answer
 from training.chat_endpoint import ChatEndpoint, EndpointError
+from training.evaluation import judge_answers
+from training.intervals import Bootstrap
 from training.judge import Case, judge, judge_messages, parse_verdict
+from training.questions import Question
+from training.results import JudgementRecord, ResultsFile, Setting, read_results
+from training.summary import summarise
 
+TEXT, COMPRESSED = Setting("text", None, 3), Setting("compressed", 4, 3)
 CASE = Case("Who wrote Faust?", ("Goethe", "J. W. von Goethe"), "Goethe")
 
 
@@ -94,3 +104,38 @@ def test_parse_verdict(text: str, verdict: float | None) -> None:
 @given(st.text())
 def test_parse_verdict_gives_a_level_or_nothing(text: str) -> None:
     assert parse_verdict(text) in {None, 0.0, 0.5, 1.0}
+
+
+def test_each_judges_verdicts_are_made_once_and_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = Question("q", "When?", ("1960",), (Passage("In 1960."),), (True,))
+    results = ResultsFile.open(tmp_path / "results.jsonl", {})
+    results.append([made_answer("q", setting, text, 1.0) for setting, text in ((TEXT, "1960"), (COMPRESSED, "1961"))])
+    asked: list[tuple[str, str]] = []
+
+    def judge_double(endpoint: ChatEndpoint, cases: list[Case]) -> Any:
+        """Stands in for judge models: right is what a reference says; the harsh one finds no words for the rest."""
+        asked.extend((endpoint.model, case.answer) for case in cases)
+        wrong = None if endpoint.model == "harsh" else 0.0
+        yield [1.0 if case.answer in case.references else wrong for case in cases]
+
+    monkeypatch.setattr("training.evaluation.judge", judge_double)
+    for name in ("kind", "harsh", "kind"):
+        judge_answers(ChatEndpoint("http://judge.test/v1", name), [question], results)
+    assert asked == [("kind", "1960"), ("kind", "1961"), ("harsh", "1960"), ("harsh", "1961")]
+    text, compressed = (
+        {
+            judge: (each["read"], each["unreadable"], each["score"] and each["score"]["value"])
+            for judge, each in entry["judges"].items()
+        }
+        for entry in summarise({}, read_results(results.path).records, Bootstrap(resamples=20))["settings"]
+    )
+    assert text == {"kind": (1, 0, 1.0), "harsh": (1, 0, 1.0)}
+    assert compressed == {"kind": (1, 0, 0.0), "harsh": (0, 1, None)}
+
+
+def test_verdicts_from_before_judges_were_named_are_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    setting = {"mode": "text", "rate": None, "passages": 3, "budget": None}
+    old = {"question": "q", "setting": setting, "score": 0.5, "kind": "judgement"}
+    path.write_text(f'{{"kind": "run"}}\n{json.dumps(old)}\n')
+    assert read_results(path).records == [JudgementRecord("q", TEXT, 0.5, "unnamed")]

@@ -52,6 +52,14 @@ def test_listwise_adds_only_examples_with_both_kinds() -> None:
     assert listwise - bce == pytest.approx(math.log(1 + math.e) - 1)
 
 
+def test_a_target_in_the_middle_counts_as_relevant() -> None:
+    scores, example = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
+    bce, listwise = (
+        relevance_loss(scores, torch.tensor([0.5, 0.0]), example, kind).item() for kind in ("bce", "bce_listwise")
+    )
+    assert listwise - bce == pytest.approx(math.log(1 + math.e) - 1)
+
+
 def test_alignment_of_one_pointer_is_minus_log_of_the_mass_on_hits() -> None:
     logits = torch.tensor([[[0.5, 0.25, 0.25, 0.0]]]).log()  # the last token is padding
     hits = torch.tensor([[False, True, True, False]])

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.calibration import balanced_accuracy, best_threshold, calibration_error, fit_platt
+from training.calibration import (
+    balanced_accuracy,
+    best_scores,
+    best_threshold,
+    calibration_error,
+    fit_platt,
+    measure_no_answer,
+)
 from training.intervals import Bootstrap
 from training.metrics import (
     best_over_references,
@@ -219,3 +226,27 @@ def test_best_threshold_is_best_of_all_cuts(answerable: list[float], unanswerabl
 def test_calibration_error_by_hand() -> None:
     assert calibration_error([0.95, 0.95, 0.05], [True, False, False]) == pytest.approx((0.9 + 0.05) / 3)
     assert calibration_error([1.0, 0.0], [True, False]) == 0
+
+
+@pytest.mark.parametrize(("gold", "others"), [(1, 1), (1, 4), (2, 3), (3, 1)])
+def test_a_random_ranker_tells_nothing_about_answerability(gold: int, others: int) -> None:
+    random = np.random.default_rng(0)
+    labels = [True] * gold + [False] * others
+    questions = [(random.normal(size=gold + others).tolist(), labels) for _ in range(2000)]
+    measured = measure_no_answer(questions, Bootstrap(resamples=100))
+    assert measured.best_of == others
+    assert measured.auc.value == pytest.approx(0.5, abs=0.025)
+    assert measured.calibration is not None
+    assert measured.calibration.balanced_accuracy == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_best_is_of_equally_many_passages_with_gold_and_without() -> None:
+    random = np.random.default_rng(0)
+    assert best_scores(([1.0, 5.0], [True, False]), random) == (1.0, 5.0)  # of two passages the gold one stands alone
+    drawn = {best_scores(([1.0, 2.0, 3.0], [True, False, False]), random) for _ in range(50)}
+    assert drawn == {(2.0, 3.0), (3.0, 3.0)}
+    drawn = {best_scores(([1.0, 2.0, 3.0], [True, True, False]), random) for _ in range(50)}
+    assert drawn == {(1.0, 3.0), (2.0, 3.0)}
+    questions = [([float(i), 1.0, 2.0], [True, False, False]) for i in range(9)]
+    assert measure_no_answer(questions, Bootstrap(seed=1)) == measure_no_answer(questions, Bootstrap(seed=1))
+    assert measure_no_answer(questions[:1], Bootstrap()).calibration is None

@@ -1,6 +1,7 @@
 """What a new user gets wrong: every mistake is one line that names the option or key, and nothing is left behind."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,21 @@ def test_a_run_that_cannot_be_trained_says_so(
     assert message in capsys.readouterr().err
     if "1e30" not in override:
         assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["bce", "bce_listwise"])
+def test_a_rerankers_logits_are_no_labels(
+    kind: str, tiny_llama: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(4)
+    scored = replace(rows[2], passages=(rows[2].passages[0], replace(rows[2].passages[1], relevance=-9.25)))
+    loop = {"max_steps": 1}
+    config = write_run(place, settings(tiny_llama, loop=loop, loss={"relevance_kind": kind}), [*rows[:2], scored])
+    assert main(["train", str(config), "--out", "run"]) == 1
+    message = f"data.train: row 'r2', passages.1.relevance is -9.25, but loss.relevance_kind {kind} learns labels"
+    assert message in capsys.readouterr().err
+    assert not (place / "run").exists()
+    assert main(["train", str(config), "--out", "run", "loss.relevance_kind=mse"]) == 0
 
 
 def test_a_models_folder_is_no_runs_folder(tiny_llama: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from core.errors import BaseModelError, ConfigError
 from training.answer_match import answer_words, contains, words
-from training.assemble import AssemblyConfig, assemble_rows
+from training.assemble import AssemblyConfig, assemble_rows, find_positives
 from training.data_format import RowPassage
 from training.dense import make_retriever
 from training.examples import Example
@@ -26,6 +26,7 @@ from training.negatives import (
     first_answering,
     random_negatives,
     ranked,
+    without_passages,
 )
 
 TEXTS = [
@@ -112,7 +113,9 @@ def test_an_open_question_gets_its_positive_by_distant_supervision_or_is_left_un
     retriever = FixedRetriever([6, 5, 4, 3, 2, 1])
     config = AssemblyConfig(passages=3, random_negatives=0)
     counter: Counter[str] = Counter()
-    (row,) = assemble_rows([example], collection, retriever, config, counter)
+    found = find_positives([RHINE, example], collection, retriever)
+    assert found[0] == RHINE
+    (row,) = assemble_rows(found[1:], collection, retriever, config, counter)
     assert {p.text: p.relevance for p in row.passages} == {TEXTS[3]: 1.0, TEXTS[0]: 0.0, TEXTS[1]: 0.0}
     unjudged = AssemblyConfig(passages=3, without_positives="unjudged")
     (row,) = assemble_rows([example], collection, retriever, unjudged, counter)
@@ -120,6 +123,14 @@ def test_an_open_question_gets_its_positive_by_distant_supervision_or_is_left_un
     skipped = AssemblyConfig(passages=3, without_positives="skip")
     assert list(assemble_rows([example], collection, retriever, skipped, counter)) == []
     assert counter == {"no positive passage found": 1}
+
+
+def test_a_part_of_a_collection_keeps_its_scores() -> None:
+    part, retriever = without_passages(
+        Collection(PASSAGES), FixedRetriever([6, 5, 4, 3, 2, 1]), {words(TEXTS[1].upper()), words(TEXTS[4])}
+    )
+    assert part.texts == (TEXTS[0], TEXTS[2], TEXTS[3], TEXTS[5])
+    assert next(retriever.scores(["any"])).tolist() == [6, 4, 3, 1]
 
 
 def test_a_dense_retriever_finds_the_text_itself(tiny_bert: Path) -> None:

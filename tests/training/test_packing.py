@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import MistralConfig
 
 from core.config import Mode
+from core.kv_slots import AttentionMasks
+from tests.tiny_generators import WINDOWED, tiny_generator
 from tests.tiny_training import gradients, make_config, make_objective, make_rows
 from training.batches import find_siblings, make_example
 from training.config import TrainConfig
@@ -65,8 +69,14 @@ def test_an_example_without_its_relevant_passages_has_no_questions(tiny_llama: P
 
 
 @pytest.mark.parametrize("matrix", [False, True])
-def test_sharing_a_prompt_changes_neither_losses_nor_gradients(tiny_llama: Path, matrix: bool) -> None:
-    config = text_config(tiny_llama, 9)
+@pytest.mark.parametrize("name", ["tiny_llama", *WINDOWED])
+def test_sharing_a_prompt_changes_neither_losses_nor_gradients(
+    name: str, matrix: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    generator = tiny_generator(name, request.getfixturevalue)
+    generator.model.save_pretrained(tmp_path)
+    generator.tokenizer.save_pretrained(tmp_path)
+    config = text_config(tmp_path, 9)
     objective, parameters = make_objective(config)
     if not matrix:
         objective.generator.model.set_attn_implementation("sdpa")
@@ -107,10 +117,19 @@ def test_a_packed_sequence_by_hand() -> None:
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4]
     assert packed.predictors.tolist() == [4, 5, 7]
     short = pack(prefix[:1], shown[:1], [([10], [11])])
-    mask = packed_mask([packed, short], torch.float32)
-    assert mask.shape == (2, 1, 9, 9)
-    looks = (mask == 0).squeeze(1)
+    positions = torch.tensor([packed.positions.tolist(), [0, 1, 2, *[0] * 6]])
+
+    def looks_of(window: int) -> Tensor:
+        mask = packed_mask(
+            [packed, short], positions, AttentionMasks(MistralConfig(sliding_window=window), torch.float32)
+        )
+        assert isinstance(mask, Tensor)
+        assert mask.shape == (2, 1, 9, 9)
+        return (mask == 0).squeeze(1)
+
+    looks = looks_of(9)
     assert looks[0, 8].nonzero().flatten().tolist() == [0, 1, 2, 7, 8]
     assert looks[0, 5].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
     assert looks[1, 2].nonzero().flatten().tolist() == [0, 1, 2]
     assert looks[1, 8].any()  # padding: never read, but a row of nothing would be not a number
+    assert looks_of(3)[0, 8].nonzero().flatten().tolist() == [2, 7, 8]

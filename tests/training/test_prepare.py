@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from training.__main__ import main
+from training.answer_match import words
 from training.data_format import Row, RowPassage, read_rows
-from training.examples import Example
 from training.prepare import parse_source
 from training.row_statistics import describe
-from training.splits import cap, deduplicate, drop_held_out, split_by_passage
 
 CITIES = ["Paris", "Rome", "Oslo", "Bern", "Prague", "Vienna", "Lisbon", "Madrid", "Dublin", "Athens"]
 
@@ -90,22 +87,76 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_order(tmp_p
     )
 
 
-def test_dev_shares_no_passage_with_train(tmp_path: Path, raw: Path, wiki: Path) -> None:
+def prepare_sides(tmp_path: Path, *arguments: str) -> tuple[list[Row], list[Row]]:
+    """Train and dev by the command; no question is on both sides, nor is a passage that answers on one."""
     train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
-    arguments = ["--source", str(raw), "--collection", str(wiki), "--passages", "3", "--dev-share", "0.4"]
-    assert main(["prepare", *arguments, "--out", str(train), "--dev-out", str(dev)]) == 0
-    (train_rows, _), (dev_rows, _) = read_rows(train), read_rows(dev)
-    assert len(train_rows) + len(dev_rows) == 20
-    assert dev_rows
+    options = ["--passages", "3", "--dev-share", "0.4", "--out", str(train), "--dev-out", str(dev)]
+    assert main(["prepare", *arguments, *options]) == 0
+    sides = read_rows(train)[0], read_rows(dev)[0]
+    questions = [{words(row.query) for row in rows} for rows in sides]
+    assert not questions[0] & questions[1]
+    passages = [[passage for row in rows for passage in row.passages] for rows in sides]
+    for one, other in (passages, passages[::-1]):
+        positives = {words(passage.text) for passage in one if passage.relevance == 1}
+        assert not positives & {words(passage.text) for passage in other}
+    return sides
 
-    def positives(rows: list[Row]) -> set[str]:
-        return {passage.text for row in rows for passage in row.passages if passage.relevance == 1}
 
-    def everything(rows: list[Row]) -> set[str]:
-        return {passage.text for row in rows for passage in row.passages}
+def test_dev_shares_no_question_and_no_passage_that_answers_with_train(tmp_path: Path, raw: Path, wiki: Path) -> None:
+    train, dev = prepare_sides(tmp_path, "--source", str(raw), "--collection", str(wiki))
+    assert len(train) + len(dev) == 20
+    assert dev
 
-    assert not positives(train_rows) & everything(dev_rows)
-    assert not positives(dev_rows) & everything(train_rows)
+
+def test_a_question_with_several_positives_stays_on_one_side(tmp_path: Path) -> None:
+    examples = [raw_example(index) for index in range(20)]
+    again = [
+        example
+        | {
+            "id": f"again {example['id']}",
+            "question": example["question"].upper(),
+            "positives": [f"{example['answers'][0]} in other words, {number}."],
+        }
+        for number, example in enumerate(examples)
+    ]
+    raw = write_raw(tmp_path / "twice.jsonl.gz", examples + again)
+    train, dev = prepare_sides(tmp_path, "--source", str(raw))
+    assert len(train) + len(dev) == 40
+    assert dev
+
+
+def test_positives_that_are_found_in_a_collection_are_split_as_given_ones(tmp_path: Path) -> None:
+    examples = [raw_example(index) | {"positives": None} for index in range(20)]
+    raw = write_raw(tmp_path / "open.jsonl.gz", examples)
+    collection = write_raw(
+        tmp_path / "found.jsonl.gz", [{"text": f"City {n} is called {city}."} for n, city in enumerate(CITIES)]
+    )
+    train, dev = prepare_sides(tmp_path, "--source", str(raw), "--collection", str(collection))
+    assert len(train) + len(dev) == 20
+    assert dev
+
+
+def test_passages_are_told_apart_by_words_and_unjudged_ones_count(tmp_path: Path) -> None:
+    examples = [raw_example(index) for index in range(20)]
+    for example in examples:
+        text = example["positives"][0]["text"]
+        examples[(int(example["id"]) + 7) % 20]["negatives"] = [text.upper()]
+        examples[(int(example["id"]) + 3) % 20]["passages"] = [text.replace(".", "!")]
+    train, dev = prepare_sides(tmp_path, "--source", str(write_raw(tmp_path / "words.jsonl.gz", examples)))
+    assert len(train) + len(dev) == 20
+    assert dev
+
+
+def test_a_passage_that_answers_one_question_is_a_negative_of_another(tmp_path: Path) -> None:
+    examples = [raw_example(index) for index in range(0, 20, 2)]
+    for example in examples:
+        example["passages"] = [{"text": example.pop("positives")[0]["text"], "relevance": 0.9}]
+    out = tmp_path / "train.jsonl"
+    raw = write_raw(tmp_path / "judged.jsonl.gz", examples)
+    assert main(["prepare", "--source", str(raw), "--passages", "4", "--out", str(out)]) == 0
+    for row in read_rows(out)[0]:
+        assert {p.relevance for p in row.passages if row.answers[0] in p.text} == {0.9}
+        assert {p.relevance for p in row.passages if row.answers[0] not in p.text} == {0.0}
 
 
 def test_nothing_shares_a_passage_or_question_with_what_is_held_out(tmp_path: Path, raw: Path) -> None:
@@ -116,6 +167,23 @@ def test_nothing_shares_a_passage_or_question_with_what_is_held_out(tmp_path: Pa
     text = raw_example(4)["positives"][0]["text"]
     assert len(rows) == 18  # the example itself and the one that shares its passage are gone
     assert all(passage.text != text for row in rows for passage in row.passages)
+
+
+def test_what_is_held_out_needs_no_answer(tmp_path: Path, raw: Path) -> None:
+    asked = [raw_example(4) | {"answers": None}, {"id": "alone", "question": raw_example(9)["question"]}]
+    out = tmp_path / "train.jsonl"
+    held_out = write_raw(tmp_path / "test.jsonl.gz", asked)
+    assert main(["prepare", "--source", str(raw), "--held-out", str(held_out), "--out", str(out)]) == 0
+    assert {int(row.id.removeprefix("cities/")) for row in read_rows(out)[0]} == {*range(20)} - {4, 5, 9}
+
+
+def test_what_is_prepared_with_long_passages_is_read_with_them(tmp_path: Path) -> None:
+    long = raw_example(0) | {"positives": ["The city is called Paris. " * 1000]}
+    raw, out = write_raw(tmp_path / "long.jsonl.gz", [long]), tmp_path / "train.jsonl"
+    assert main(["prepare", "--source", str(raw), "--out", str(out)]) == 1
+    assert main(["prepare", "--source", str(raw), "--max-passage-chars", "50000", "--out", str(out)]) == 0
+    rows, report = read_rows(out)
+    assert (len(rows), report.counts) == (1, {})
 
 
 def test_a_yaml_file_and_the_command_line_say_the_same(tmp_path: Path, raw: Path) -> None:
@@ -180,42 +248,6 @@ def test_a_source_on_the_command_line_names_its_columns() -> None:
         "limit": 10,
         "answer_in_passage": True,
     }
-
-
-def example(index: int, *texts: str, query: str = "") -> Example:
-    return Example(str(index), query or f"question {index}?", ("a",), tuple(RowPassage(text) for text in texts))
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=3), max_size=30), st.floats(0, 0.9), st.integers(0, 9)
-)
-def test_a_split_never_puts_a_passage_on_both_sides(links: list[list[int]], share: float, seed: int) -> None:
-    examples = [example(index, *(f"passage {text}" for text in texts)) for index, texts in enumerate(links)]
-    train, dev = split_by_passage(examples, share, seed)
-    assert sorted([*train, *dev], key=lambda e: int(e.id)) == examples
-    sides = [{passage.text for e in side for passage in e.positives} for side in (train, dev)]
-    assert not sides[0] & sides[1]
-
-
-def test_duplicates_are_told_by_words_not_by_spelling() -> None:
-    kept = deduplicate([example(1, "A b.", query="Who?"), example(2, "a B", query="who"), example(3, "c", query="who")])
-    assert [e.id for e in kept] == ["1", "3"]
-
-
-def test_caps_hold_for_each_passage_and_for_all_and_keep_the_order() -> None:
-    examples = [example(index, f"passage {index % 3}") for index in range(30)]
-    capped = cap(examples, per_passage=4, limit=10, seed=5)
-    assert len(capped) == 10
-    assert [int(e.id) for e in capped] == sorted(int(e.id) for e in capped)
-    for text in range(3):
-        assert sum(e.positives[0].text == f"passage {text}" for e in capped) <= 4
-    assert cap(examples, per_passage=4, limit=10, seed=6) != capped
-
-
-def test_held_out_questions_count_whatever_their_passages() -> None:
-    examples = [example(1, "x", query="Who is it?"), example(2, "y"), example(3, "Z!")]
-    kept = drop_held_out(examples, [example(9, "other", query="who is it"), example(8, "z")])
-    assert [e.id for e in kept] == ["2"]
 
 
 def test_statistics_say_what_a_set_looks_like() -> None:

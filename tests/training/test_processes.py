@@ -1,5 +1,6 @@
 """Two processes over gloo: the same losses and weights as one process with the same global batch."""
 
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,18 @@ ROOT = Path(__file__).parents[2]
 LOOP = {"epochs": 2, "batch_size": 11, "micro_batch_tokens": 300}
 RATES = {"compressor_lr": 1e-4, "generator_lr": 1e-4, "compressor_dropout": False}
 
+APART = """
+import itertools, os, sys
+import training.task
+from training.__main__ import main
+
+count = itertools.count()
+evaluate = training.task.evaluate_dev
+rank = int(os.environ["RANK"])
+training.task.evaluate_dev = lambda *given: evaluate(*given) | {"f1_compressed": rank * next(count) / 9}
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -32,14 +45,14 @@ def free_port() -> int:
         return port
 
 
-def launch(kind: str, config: Path, out: Path, folder: Path, *overrides: str) -> str:
+def launch(kind: str, config: Path, out: Path, folder: Path, program: tuple[str, ...] = ("-m", "training")) -> str:
     """`accelerate launch` with the shipped settings for two CPU processes, on a port of its own."""
     shipped = yaml.safe_load((ROOT / f"training/configs/accelerate/{kind}-cpu.yaml").read_text())
     assert shipped["num_processes"] == 2
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(shipped | {"main_process_port": free_port()}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     done = subprocess.run(
-        [*command, "-m", "training", "train", str(config), "--out", str(out), *overrides],
+        [*command, *program, "train", str(config), "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -109,6 +122,17 @@ def test_two_processes_with_sharded_layers_go_on_as_one(
     assert list(losses(tmp_path / "two")) == [1]
     launch("fsdp", config, tmp_path / "two", tmp_path)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_that_score_apart_end_together(tiny_llama: Path, tmp_path: Path) -> None:
+    """As kernels that round apart do, by more: to the second process every evaluation is the best so far."""
+    program = tmp_path / "apart.py"
+    program.write_text(APART, encoding="utf-8")
+    loop = {"epochs": 9, "eval_every": 1, "patience": 2}
+    config = write_run(tmp_path, settings(tiny_llama, loop=loop, data={"dev_questions": 1}))
+    launch("ddp", config, tmp_path / "out", tmp_path, (str(program),))
+    progress = json.loads((tmp_path / "out/last/progress.json").read_text())
+    assert (progress["step"], progress["best_score"]) == (3, 0.0)
 
 
 @pytest.mark.parametrize("name", ["VERSION", "OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING"])

@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.patches import Rectangle
 
+from core.errors import ConfigError
 from training.__main__ import main
 from training.intervals import Bootstrap
 from training.plots import plot_passages, plot_rates, plot_stages, plot_training, to_svg
 from training.rendering import Section, Table, render_html, render_markdown, render_table
-from training.report import before_after, read_metrics, settings_table, write_report
-from training.results import AnswerRecord, CostRecord, RankingRecord, Record, Setting
+from training.report import read_metrics, settings_table, write_report
+from training.results import AnswerRecord, CostRecord, JudgementRecord, RankingRecord, Record, Setting
 from training.summary import summarise
+from training.tables import before_after
 
 SETTINGS = [
     setting
@@ -47,7 +49,7 @@ def make_records(f1: float, questions: int = 4) -> list[Record]:
             values = (f1, f1, f1, f1, 1.0)
             seconds = {"compress": 0.1, "prefill": 0.2, "decode": 0.3}
             records.append(AnswerRecord(f"q{number}", setting, answer, *values, 100, 5, seconds))
-        scores = [2.0, 1.0, 0.5] if number else [0.0, 1.0, 0.5]
+        scores = [2.0, 1.0, 1.0] if number else [0.0, 1.0, 1.0]
         records.append(RankingRecord(f"q{number}", "compressor x8", 3, [True, False, False], scores))
     records += [CostRecord("q0", setting, {"compress": 10**9, "prefill": 2 * 10**9}, 5 * 10**8) for setting in SETTINGS]
     return records
@@ -105,8 +107,35 @@ def test_ranking_and_no_answer_figures_by_hand() -> None:
     (ranking,), (no_answer,) = summary["ranking"], summary["no_answer"]
     assert ranking["gold_first"]["value"] == 3 / 4
     assert ranking["mrr"]["value"] == pytest.approx((3 + 1 / 3) / 4)
-    # with gold: 1, 2, 2, 2; without: 1, 1, 1, 1. The one 1 ties with all four.
+    # the best of two, with gold: 1, 2, 2, 2; without: 1, 1, 1, 1. The one 1 ties with all four.
+    assert no_answer["best_of"] == 2
     assert no_answer["auc"]["value"] == pytest.approx((3 * 4 + 4 / 2) / 16)
+
+
+def test_the_judges_table_counts_what_could_not_be_read(tmp_path: Path) -> None:
+    records = make_records(0.5)
+    scores = zip(("q0", "q1", "q2", "q3"), (1.0, 0.5, None, 0.0), strict=True)
+    records += [JudgementRecord(name, SETTINGS[0], score, "a-judge") for name, score in scores]
+    write_report(summarise({}, records, Bootstrap(resamples=20)), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert re.search(r"\| text, 1 passage \| a-judge \| 3 +\| 1 +\| 50\.0 \[", text)
+
+
+def test_before_and_after_must_be_of_the_same_data() -> None:
+    before, after = make_summary(0.5), make_summary(0.5)
+    before["run"]["data_sha256"], after["run"]["data_sha256"] = "a", "b"
+    with pytest.raises(ConfigError, match="measured on other data"):
+        before_after(before, after)
+
+
+def test_no_answer_figures_of_another_measure_are_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    summary = make_summary(0.5)
+    del summary["no_answer"][0]["best_of"]
+    (tmp_path / "result.json").write_text(json.dumps(summary))
+    arguments = ["report", "--result", str(tmp_path / "result.json"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert "## No answer" not in (tmp_path / "out" / "report.md").read_text()
+    assert "repeat its `evaluate`" in caplog.text
 
 
 def test_before_after_pairs_questions(tmp_path: Path) -> None:

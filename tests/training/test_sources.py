@@ -1,7 +1,9 @@
 """Local files in every form, and the public sets' columns as their cards document them."""
 
 import csv
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,42 @@ def test_rows_of_the_data_format_are_examples_judged_by_relevance(tmp_path: Path
     assert example == Example(
         "1", "q", (), (RowPassage("a", relevance=0.9),), (RowPassage("b", relevance=0.1),), (RowPassage("c"),), "t"
     )
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.json", "x.jsonl", "x.jsonl.gz"])
+def test_a_file_without_ids_and_with_a_byte_order_mark_is_read(tmp_path: Path, name: str) -> None:
+    records = [{"query": f"q{number}", "answers": "a"} for number in range(2)]
+    if name.startswith("x.json"):
+        text = json.dumps(records) if name == "x.json" else "\n".join(map(json.dumps, records))
+    else:
+        text = "\n".join(
+            ("\t" if name == "x.tsv" else ",").join(line) for line in [records[0], *map(dict.values, records)]
+        )
+    content = text.encode("utf-8-sig")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    examples, _ = read_examples(SourceConfig(path=str(path)), REFUSE)
+    first = 2 if name in ("x.csv", "x.tsv") else 1  # the line of a table
+    assert [(e.id, e.query) for e in examples] == [(str(first), "q0"), (str(first + 1), "q1")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+def test_a_misspelt_column_is_refused_with_those_that_are_there(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"tickets.{suffix}"
+    write_tickets(path)
+    expected = "columns.query=Subject: no such column; there are ticket, subject, reply, article, head"
+    for policy, kind in ((SKIP, ConfigError), (REFUSE, DataError)):
+        with pytest.raises(kind, match=re.escape(expected)):
+            read_examples(SourceConfig(path=str(path), columns=COLUMNS | {"query": "Subject"}), policy)
+
+
+def test_a_column_may_be_missing_from_some_records(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"q": "one", "answers": ["a"]}\n{"q": "two", "answers": ["b"], "teacher": "c"}\n')
+    examples, _ = read_examples(
+        SourceConfig(path=str(path), columns={"query": "q", "teacher_answer": "teacher"}), REFUSE
+    )
+    assert [e.teacher_answer for e in examples] == [None, "c"]
 
 
 def test_a_collection_reports_its_bad_lines(tmp_path: Path) -> None:

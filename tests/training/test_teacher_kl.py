@@ -10,12 +10,12 @@ from training.data_format import write_rows
 
 
 @pytest.fixture(scope="module")
-def labelled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with rows that a tiny teacher answered, and its logits."""
     folder = tmp_path_factory.mktemp("labelled")
     write_rows(folder / "rows.jsonl", make_rows(8))
-    arguments = ["--teacher", str(tiny_llama), "--logits", str(folder / "logits"), "--top-k", "8"]
-    more = ["--max-new-tokens", "6", "--device", "cpu", "--out", str(folder / "labelled.jsonl")]
+    arguments = ["--teacher", str(tiny_teacher), "--logits", str(folder / "logits"), "--top-k", "8"]
+    more = ["--max-new-tokens", "12", "--device", "cpu", "--out", str(folder / "labelled.jsonl")]
     assert main(["label", "--data", str(folder / "rows.jsonl"), *arguments, *more]) == 0
     return folder
 
@@ -24,7 +24,8 @@ def test_the_students_divergence_from_the_teacher_shrinks(labelled: Path, tiny_l
     data = {"logits": str(labelled / "logits"), "train": str(labelled / "labelled.jsonl")}
     loss = {"answer": 0.5, "kl": 1.0, "relevance": 0.0}
     loop = {"epochs": 12, "micro_batch_tokens": 2000, "eval_every": 24}
-    config = write_run(tmp_path, settings(tiny_llama, data=data, loss=loss, loop=loop))
+    optimizer = {"compressor_lr": 3e-3, "generator_lr": 3e-3}
+    config = write_run(tmp_path, settings(tiny_llama, data=data, loss=loss, loop=loop, optimizer=optimizer))
     assert main(["train", str(config), "--out", str(tmp_path / "out")]) == 0
     lines = read_metrics(tmp_path / "out")
     assert lines[0]["loss"] == pytest.approx(0.5 * lines[0]["loss_answer"] + lines[0]["loss_kl"], rel=1e-4)

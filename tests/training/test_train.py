@@ -1,31 +1,28 @@
 """The loop through its command: it learns, ends early, and goes on after any kill as if nothing had happened."""
 
+import itertools
 import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.errors import CheckpointError
-from tests.tiny_training import losses, make_config, make_rows, read_metrics, settings, write_run
+from tests.tiny_training import losses, make_rows, read_metrics, settings, write_run
 from training.__main__ import main
+from training.dev import evaluate_dev
 from training.losses import answer_loss
-from training.metrics_log import MetricsLog
-from training.run_state import Progress, recover_folder, save_weights, write_folder
-from training.runtime import AccelerateRuntime
 from training.step import schedule
-from training.trainee import build_trainee
 
 STEPS = 45
 LONG = {"epochs": 15, "batch_size": 4, "save_every": 5, "eval_every": 30}  # 12 rows
@@ -52,19 +49,21 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "training", "train", str(config), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_bytes().splitlines()) > 8:
                 process.send_signal(number)
                 break
             time.sleep(0.005)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == (0 if number == signal.SIGTERM else -number), said.decode()
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == (0 if number == signal.SIGTERM else -number), errors.decode()
     stopped = json.loads((out / "last" / "progress.json").read_text())["step"]
     logged = max(line["step"] for line in read_metrics(out))
     assert 5 <= stopped < STEPS
     assert stopped == logged if number == signal.SIGTERM else logged - stopped <= 5
+    message = f"stopped at step {stopped} of {STEPS}; repeat the command to go on"
+    assert (message in said.decode()) == (number == signal.SIGTERM)
     assert train(config, out) == 0
     assert losses(out) == losses(whole)  # the same numbers, not nearly the same
     for name in ("compressor.safetensors", "adapter.safetensors", "optimizer.safetensors"):
@@ -73,12 +72,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert read_metrics(out, "dev") == read_metrics(whole, "dev")
 
 
-def test_a_finished_run_is_left_as_it_is(long_run: tuple[Path, Path]) -> None:
+def test_a_finished_run_is_left_as_it_is(long_run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     config, whole = long_run
     before = (whole / "last" / "progress.json").stat().st_mtime_ns
+    capsys.readouterr()
     assert train(config, whole) == 0
     assert (whole / "last" / "progress.json").stat().st_mtime_ns == before
     assert list(losses(whole)) == list(range(1, STEPS + 1))
+    assert "stopped at" not in capsys.readouterr().out
 
 
 def test_the_loss_goes_down(long_run: tuple[Path, Path]) -> None:
@@ -110,10 +111,13 @@ def test_it_stops_when_dev_gets_no_better(tiny_llama: Path, tmp_path: Path) -> N
     loop = {"epochs": 20, "eval_every": 2, "patience": 2}
     rates = {"compressor_lr": 1e-12, "generator_lr": 1e-12, "weight_decay": 0.0}
     config = write_run(tmp_path, settings(tiny_llama, loop=loop, optimizer=rates))
-    assert train(config, tmp_path / "out") == 0
-    assert len(losses(tmp_path / "out")) == 6
+    for _ in range(2):  # repeated, it does nothing more
+        assert train(config, tmp_path / "out") == 0
+        assert len(losses(tmp_path / "out")) == 6
     progress = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())
     assert (progress["step"], progress["evaluations_since_best"]) == (6, 2)
+    assert train(config, tmp_path / "out", "loop.patience=3") == 0
+    assert len(losses(tmp_path / "out")) == 8
 
 
 def test_best_and_last_hold_what_the_service_needs(long_run: tuple[Path, Path]) -> None:
@@ -154,16 +158,6 @@ def test_an_adapter_that_is_not_there_is_refused(
     assert f"start_adapter: {tmp_path} has no adapter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["optimizer.train_embeddings=false", "model.compressor.rates=[8,2]"])
-def test_other_settings_do_not_resume(
-    long_run: tuple[Path, Path], change: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, whole = long_run
-    assert train(config, whole, change) == 1
-    assert "was trained with other settings" in capsys.readouterr().err
-    assert train(config, whole) == 0
-
-
 def test_bad_rows_are_counted_and_skipped_or_refused(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,70 +170,73 @@ def test_bad_rows_are_counted_and_skipped_or_refused(
     assert "line 13" in capsys.readouterr().err
 
 
-def test_long_text_prompts_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path) -> None:
-    data = {"modes": {"text": 1.0}, "prompt_tokens": 165}
+@pytest.mark.parametrize(("mode", "limit"), [("text", 130), ("hybrid", 130), ("compressed", 106)])
+def test_long_prompts_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path, mode: str, limit: int) -> None:
+    data = {"modes": {mode: 1.0}, "prompt_tokens": limit}
     config = write_run(tmp_path, settings(tiny_llama, data=data))
     assert train(config, tmp_path / "out") == 0
     skipped = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())["skipped"]
     assert 0 < skipped < 12
+    assert sum(line["skipped"] for line in read_metrics(tmp_path / "out")) == skipped
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(
+def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool]) -> None:
+    """The answer's loss, and so the gradient, is no number in every call, counted from 0, that `broken` names."""
+    calls = itertools.count()
+    monkeypatch.setattr(
+        "training.objective.answer_loss", lambda *given: answer_loss(*given) * (nan if broken(next(calls)) else 1.0)
+    )
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_and_counted(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write_run(tmp_path, settings(tiny_llama, loop={"max_steps": 1}))
-    monkeypatch.setattr("training.objective.answer_loss", lambda *given: answer_loss(*given) * float("nan"))
+    config = write_run(tmp_path, settings(tiny_llama, loop={"micro_batch_tokens": 9999}))
+    break_steps(monkeypatch, lambda call: call == 1)
     assert train(config, tmp_path / "out") == 0
     assert all(value.isfinite().all() for value in load_file(tmp_path / "out/last/compressor.safetensors").values())
+    assert [line["not_finite"] for line in read_metrics(tmp_path / "out")] == [0, 1, 0]
+    assert [line["step"] for line in read_metrics(tmp_path / "out") if "loss" in line] == [1, 3]
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (tmp_path / "out/metrics.jsonl").read_text()))
 
 
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file may grow over `size` bytes: what a full disk looks like to the writer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+@pytest.mark.parametrize(("first", "steps"), [(0, 9), (2, 30)])
+def test_a_run_whose_gradients_are_not_finite_any_more_ends(
+    first: int,
+    steps: int,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loop = {"epochs": 10, "max_steps": steps, "micro_batch_tokens": 9999}
+    config = write_run(tmp_path, settings(tiny_llama, loop=loop))
+    break_steps(monkeypatch, lambda call: call >= first)
+    assert train(config, tmp_path / "out") == 1
+    assert f"not finite in {min(20, steps)} steps in a row" in capsys.readouterr().err
+    assert not (tmp_path / "out/best").exists()
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_evaluating_does_not_count_as_training_time(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0  # a clock on which a step takes a second, and an evaluation a thousand
 
+    def tick() -> float:
+        nonlocal now
+        now += 1
+        return now
 
-def test_a_full_disk_leaves_what_was_saved_before(tiny_llama: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_llama)
-    model, _, _ = build_trainee(config, AccelerateRuntime())
-    last = tmp_path / "last"
-    save_weights(model, config, Progress(step=1), last)
-    before = folder_bytes(last)
-    with file_limit(50_000), pytest.raises(CheckpointError, match="cannot be written"):
-        save_weights(model, config, Progress(step=2), last)
-    assert folder_bytes(last) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-    save_weights(model, config, replace(Progress(), step=2), last)
-    assert json.loads((last / "summary.json").read_text())["steps"] == 2
+    def evaluate_slowly(*given: Any) -> dict[str, float]:
+        nonlocal now
+        now += 1000
+        return evaluate_dev(*given)
 
-
-def test_a_kill_between_the_renames_is_undone(tmp_path: Path) -> None:
-    write_folder(tmp_path / "last", {"a.safetensors": {"x": torch.ones(1)}}, {"b.json": "1"})
-    (tmp_path / "last").rename(tmp_path / ".last.old")
-    recover_folder(tmp_path / "last")
-    assert (tmp_path / "last" / "b.json").read_text() == "1"
-    (tmp_path / ".last.partial").mkdir()  # a kill while the next was written
-    write_folder(tmp_path / "last", {"a.safetensors": {"x": torch.ones(1)}}, {"b.json": "2"})
-    assert (tmp_path / "last" / "b.json").read_text() == "2"
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_metrics_after_the_last_save_are_taken_back(tmp_path: Path) -> None:
-    lines: list[dict[str, Any]] = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "spl'
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    with MetricsLog(tmp_path, enabled=True, step=2) as log:
-        log.write(3, "train", {"loss": 0.5})
-    assert losses(tmp_path) == {1: 1.0, 2: 1.0, 3: 0.5}
+    monkeypatch.setattr("training.train.time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr("training.task.evaluate_dev", evaluate_slowly)
+    config = write_run(tmp_path, settings(tiny_llama, loop={"eval_every": 1}))
+    assert train(config, tmp_path / "out") == 0
+    assert all(line["tokens_per_s"] > 100 for line in read_metrics(tmp_path / "out"))
 
 
 def test_the_rate_rises_and_falls_in_straight_lines() -> None:

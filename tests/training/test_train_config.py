@@ -26,6 +26,14 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert config.model.generator.lora.r == 4
 
 
+@pytest.mark.parametrize(("text", "number"), [("2e-4", 2e-4), ("1E2", 100.0), ("4.0e-5", 4e-5), ("1", 1.0)])
+def test_a_number_is_one_however_it_is_written(tmp_path: Path, text: str, number: float) -> None:
+    path = write(tmp_path / "run.yaml", LORA)
+    assert load_config(path, [f"optimizer.generator_lr={text}"]).optimizer.generator_lr == number
+    path.write_text(path.read_text() + f"\nloss: {{relevance: {text}}}\n")
+    assert load_config(path).loss.relevance == number
+
+
 def test_what_is_dumped_reads_back_equal(tmp_path: Path) -> None:
     path = write(tmp_path / "run.yaml", {**LORA, "data": {"modes": {"compressed": 0.7, "text": 0.3}}})
     config = load_config(path, ["optimizer.compressor_lora={r: 2}", "optimizer.betas=[0.9, 0.95]"])
@@ -47,6 +55,9 @@ def test_what_is_dumped_reads_back_equal(tmp_path: Path) -> None:
         ("loss.kl=1.0", "data.logits: loss.kl needs"),
         ("model.generator.lora=null", "model.generator.lora: the generator is to be trained"),
         ("optimizer.clip_norm=0", "optimizer.clip_norm"),
+        ("optimizer.clip_norm='1e-4'", "optimizer.clip_norm: must be a valid number"),
+        ("loop.batch_size='8'", "loop.batch_size: must be a valid integer"),
+        ("loop.gradient_checkpointing=1", "loop.gradient_checkpointing: must be a valid boolean"),
         ("loop.batch_size", "an override is written a.b=c"),
         ("loop..batch_size=1", "an override is written a.b=c"),
         ("loop.batch_size.x=1", "batch_size is a value"),
