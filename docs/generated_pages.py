@@ -23,8 +23,8 @@ service shows its own at `/openapi.json`, and a page to try it on at `/`. All un
 """
 SETTINGS_INTRO = """# Settings
 
-Each is an environment variable and a flag of `python -m service` and `scaledown serve`; a flag wins. Keys are variables
-only, because a list of processes shows flags. A variable that is misspelt is refused at the start.
+Each is an environment variable and a flag of `python -m service` and `scaledown serve`; a flag wins. Secrets are
+variables only, because a list of processes shows flags. A variable that is misspelt is refused at the start.
 
 | variable | flag | default | |
 |---|---|---|---|
@@ -93,10 +93,16 @@ def _schema(name: str, schema: Schema) -> str:
         lines += ["| field | type | default | |", "|---|---|---|---|"]
         for field, value in fields.items():
             default = "required" if field in required else f"`{json.dumps(value.get('default'), ensure_ascii=False)}`"
-            lines.append(f"| `{field}` | {type_of(value)} | {default} | {cell(value.get('description'))} |")
+            lines.append(f"| `{field}` | {type_of(value)} | {default} | {cell(description_of(value))} |")
     else:
         lines.append(type_of(schema))
     return "\n".join([*lines, ""])
+
+
+def description_of(schema: Schema) -> str | None:
+    """What a field is for. Of one that may be null it is said where its other type is."""
+    found: str | None = schema.get("description")
+    return found or next(filter(None, map(description_of, schema.get("anyOf", ()))), None)
 
 
 def type_of(schema: Schema) -> str:
@@ -119,7 +125,8 @@ def type_of(schema: Schema) -> str:
 
 def _bounds(schema: Schema) -> str:
     signs = {"minimum": "≥ ", "exclusiveMinimum": "> ", "maximum": "≤ ", "exclusiveMaximum": "< "}
-    bounds = [sign + str(schema[key]) for key, sign in signs.items() if key in schema]
+    number = int if schema.get("type") == "integer" else "{:g}".format  # in the document all are floats
+    bounds = [f"{sign}{number(schema[key])}" for key, sign in signs.items() if key in schema]
     return f" ({', '.join(bounds)})" if bounds else ""
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from core.errors import ScaledownError
 from service.logs import configure_logging, take_over
@@ -17,11 +18,17 @@ from service.tracing import configured
 if TYPE_CHECKING:
     from service.checkpoints import CheckpointControl
 
-SECRETS = ("api_keys", "admin_key")  # not flags: the list of processes shows those to every user of the machine
+
+def _is_secret(kind: Any) -> bool:
+    return kind is SecretStr or any(map(_is_secret, get_args(kind)))
+
+
+# No flags: the list of processes shows those to every user of the machine.
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if _is_secret(field.annotation))
 EPILOG = f"""
 Every flag is also an environment variable: --max-passages is {PREFIX}MAX_PASSAGES. A flag wins.
-Keys come from the environment only: {PREFIX}API_KEYS (comma-separated) and {PREFIX}ADMIN_KEY, each plain or as
-sha256:<hex of the key's SHA-256>.
+Secrets come from the environment only: {PREFIX}API_KEYS (comma-separated) and {PREFIX}ADMIN_KEY, each plain or as
+sha256:<hex of the key's SHA-256>, {PREFIX}GENERATOR_KEY and {PREFIX}DOCUMENT_CACHE_REDIS.
 
   python -m service                                         the shipped checkpoint, else an untrained model
   python -m service --checkpoint checkpoints/mine           your own
@@ -68,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(explain(error), file=sys.stderr)
         return 2
     configure_logging(settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to follow a link with, it would kill
     if settings.workers > 1:
         from service.supervisor import supervise
 

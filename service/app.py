@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from core.errors import ScaledownError
 from core.model import Model
@@ -20,7 +20,7 @@ from service.checkpoints import CheckpointControl, Checkpoints
 from service.dialects import openai, rerank
 from service.dialects.errors import DialectErrors
 from service.engine import Engine
-from service.errors import error_body, error_response, plain_response, validation_error
+from service.errors import JSONError, error_body, error_response, plain_response, validation_error
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, HeadAsGet, RequestContext
 from service.settings import Settings
@@ -83,17 +83,17 @@ def create_app(
     )
     for router in ROUTERS:
         app.include_router(router)
-    _handle_errors(app, settings, metrics)
+    _handle_errors(app, settings)
     _add_middleware(app, settings, metrics, tracing)
     return app
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing: Tracing | None) -> None:
     """The last one added is the outermost."""
-    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
     app.add_middleware(DialectErrors)
+    app.add_middleware(HeadAsGet)
     paths = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
     app.add_middleware(RequestContext, metrics=metrics, paths=paths, tracing=tracing)
 
@@ -112,29 +112,23 @@ def _exit() -> None:
     os._exit(os.EX_SOFTWARE)
 
 
-def _handle_errors(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
-    """Every error leaves in the one shape, and is counted by its code."""
-
-    def counted(response: JSONResponse, code: str) -> Response:
-        metrics.errors.labels(code).inc()
-        return response
+def _handle_errors(app: FastAPI, settings: Settings) -> None:
+    """Every error leaves in the one shape."""
 
     @app.exception_handler(ScaledownError)
     async def ours(_: Request, error: ScaledownError) -> Response:
         response = error_response(error, settings.overload_status)
         if response.status_code == 500:
             log.error("a request failed", exc_info=error)
-        return counted(response, error.code)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        content = validation_error(error.errors(), error.body)
-        return counted(JSONResponse(content, 422), content["error"]["code"])
+        return JSONError(validation_error(error.errors(), error.body), 422)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's word for what its parser could not read
-            content = error_body("invalid_json", "the body cannot be read as JSON in UTF-8", "body")
-            return counted(JSONResponse(content, 422), "invalid_json")
+            return JSONError(error_body("invalid_json", "the body cannot be read as JSON in UTF-8", "body"), 422)
         message = MESSAGES.get(error.status_code, str(error.detail))
-        return counted(plain_response(error.status_code, message, error.headers), f"http_{error.status_code}")
+        return plain_response(error.status_code, message, error.headers)

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
-from service.errors import plain_response
+from service.errors import JSONError, plain_response
 
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json"})
 OPEN_FOLDER = "/page/"  # the web page's own files: it has to be there before it can ask for a key
@@ -22,8 +21,8 @@ class KeyRing:
         self._api = [_digest(key) for key in api_keys]
         self._admin = [_digest(admin_key)] if admin_key is not None else []
 
-    def refuse(self, path: str, headers: Headers) -> JSONResponse | None:
-        """The refusal of a request, or None where it may pass."""
+    def refuse(self, path: str, headers: Headers) -> JSONError | None:
+        """The refusal of a request, or None where it may pass. `path` is what routes see: without any `root_path`."""
         if path == "/admin" or path.startswith("/admin/"):
             if not self._admin:
                 return plain_response(404, "there is nothing at this path")
@@ -32,7 +31,7 @@ class KeyRing:
             return None
         return self._check(headers, self._api)
 
-    def _check(self, headers: Headers, digests: list[bytes]) -> JSONResponse | None:
+    def _check(self, headers: Headers, digests: list[bytes]) -> JSONError | None:
         offered = _offered_key(headers)
         if offered is None:
             challenge = {"WWW-Authenticate": "Bearer"}

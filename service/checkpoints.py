@@ -93,18 +93,19 @@ class Checkpoints:
         self._exclusive = asyncio.Lock()
         self._changing = False
         self._root = checkpoint_root(settings)
+        self._followed: Path | None = None  # where the configured path pointed when it was last looked at
 
     async def first_folder(self) -> Path | None:
         """The active version's folder, or the configured one: its link is followed now, once for all replicas."""
         if self._active is not None:
             return self._active.folder
-        return self._settings.checkpoint and self._settings.checkpoint.resolve()
+        return self._linked()
 
     async def join(self, replica: Replica, checkpoint: Checkpoint) -> None:
         """Take in a replica. One that starts during a change waits for its end, and takes part in what follows."""
         async with self._exclusive:
             if self._active is None:
-                self._active = checkpoint
+                self._active, self._followed = checkpoint, checkpoint.folder
             elif checkpoint.version != self._active.version:
                 await replica.prepare(self._active.folder, self._active.version)
             await replica.commit(self._active.version, self._kept_names())
@@ -137,23 +138,30 @@ class Checkpoints:
 
     async def follow_link(self) -> None:
         """Serve what the configured path points at now. Nothing happens while another change is under way."""
-        if self._settings.checkpoint is None or self._changing or self._active is None:
-            return
-        try:
-            async with self._change():
-                await self._switch(self._settings.checkpoint.resolve(), None)
-        except CheckpointError as error:
-            log.error("the new checkpoint is refused", extra={"reason": error.message})
+        if (target := self._linked()) is not None and not await self._follow(target):
+            log.warning("the link is not followed: a checkpoint is being loaded; ask again when it is done")
 
     async def watch(self) -> None:
-        """Follow the link for ever. A link that points at something broken is tried once, not again and again."""
-        seen = None
+        """Follow the link whenever it moves. One that points at something broken is tried once, not again and again."""
         while True:
             await asyncio.sleep(self._settings.watch_seconds)
-            target = self._settings.checkpoint and self._settings.checkpoint.resolve()
-            if target != seen:
-                seen = target
-                await self.follow_link()
+            if (target := self._linked()) is not None and target != self._followed:
+                await self._follow(target)
+
+    async def _follow(self, target: Path) -> bool:
+        """Serve what the link points at; False where another change is under way, and nothing was tried."""
+        if self._changing or self._active is None:
+            return False
+        self._followed = target
+        try:
+            async with self._change():
+                await self._switch(target, None)
+        except CheckpointError as error:
+            log.error("the new checkpoint is refused", extra={"reason": error.message})
+        return True
+
+    def _linked(self) -> Path | None:
+        return self._settings.checkpoint and self._settings.checkpoint.resolve()
 
     async def state(self) -> CheckpointState:
         """Which versions there are."""

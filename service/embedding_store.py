@@ -3,6 +3,7 @@
 It is one process's memory, not a database: an entry is gone after a restart or when newer ones need its place.
 """
 
+import hashlib
 import secrets
 import threading
 from collections import OrderedDict
@@ -15,7 +16,10 @@ from service.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class StoredPassage:
-    """A compressed passage: `memory` (l, d), raw relevance score, tokens as text, and the checkpoint that made it."""
+    """A compressed passage: `memory` (l, d), raw relevance score, tokens as text, and the checkpoint that made it.
+
+    query_sha256    of the query it was compressed for, as `query_sha256` makes it; None: the caller does not say
+    """
 
     memory: Tensor
     score: float
@@ -23,11 +27,17 @@ class StoredPassage:
     title: str
     text: str
     checkpoint: str
+    query_sha256: str | None
 
     @property
     def size(self) -> int:
         """Bytes of its embeddings and text, near enough for a limit."""
         return self.memory.nbytes + 4 * (len(self.text) + len(self.title)) + 512
+
+
+def query_sha256(query: str) -> str:
+    """What tells embeddings made for one query from those for another: 64 hexadecimal digits."""
+    return hashlib.sha256(query.encode()).hexdigest()
 
 
 class EmbeddingStore:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from core.errors import (
     CancelledError,
@@ -28,6 +29,12 @@ class StoppingError(CancelledError):
     """The service is shutting down and does not take or finish this request."""
 
     code = "stopping"
+
+
+class ClientLeftError(CancelledError):
+    """The client closed its connection before it had its answer."""
+
+    code = "client_left"
 
 
 class NotReadyError(ScaledownError):
@@ -104,6 +111,26 @@ DESCRIPTIONS = {
 WITH_BODY = (401, 403, 408, 413, 415, 422, 429, 500, 503)  # what any path may answer to a body
 
 
+class JSONError(JSONResponse):
+    """An error that is sent; it leaves `code` in the request's state, where `RequestContext` finds it to count it."""
+
+    def __init__(
+        self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(content, status, headers)
+        self._code: str = code or content["error"]["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        note_error(scope, self._code)
+        await super().__call__(scope, receive, send)
+
+
+def note_error(scope: Scope, code: str) -> None:
+    """Have the request counted as one that ended in this error."""
+    scope.setdefault("state", {})["error_code"] = code
+
+
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error responses of an operation, for the OpenAPI document."""
     return {status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in sorted(statuses)}
@@ -124,6 +151,11 @@ def error_content(error: Exception) -> dict[str, Any]:
     return error_body(error.code, error.message, field, limit)
 
 
+def code_of(error: Exception) -> str:
+    """The name an error is counted by; what a caller may not know of (`engine`) it tells the operator."""
+    return error.code if isinstance(error, ScaledownError) else "internal"
+
+
 def status_of(error: Exception, overload_status: int = 429) -> int:
     """The HTTP status of an error."""
     match error:
@@ -139,6 +171,8 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
             return overload_status
         case DeadlineError():
             return 504
+        case ClientLeftError():  # nobody reads it: the number that proxies log for this
+            return 499
         case CancelledError() | NotReadyError() | GeneratorUnavailableError():
             return 503
         case CheckpointError():  # only /admin meets it: a checkpoint was named that cannot be used
@@ -147,7 +181,7 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
             return 500
 
 
-def error_response(error: Exception, overload_status: int = 429) -> JSONResponse:
+def error_response(error: Exception, overload_status: int = 429) -> JSONError:
     """The whole response to an error, with Retry-After where trying again can help."""
     status = status_of(error, overload_status)
     headers = {}
@@ -155,12 +189,12 @@ def error_response(error: Exception, overload_status: int = 429) -> JSONResponse
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     elif status == 503:
         headers["Retry-After"] = "5"
-    return JSONResponse(error_content(error), status, headers)
+    return JSONError(error_content(error), status, headers, code_of(error))
 
 
-def plain_response(status: int, message: str, headers: Mapping[str, str] | None = None, **where: Any) -> JSONResponse:
+def plain_response(status: int, message: str, headers: Mapping[str, str] | None = None, **where: Any) -> JSONError:
     """The response to what HTTP itself refuses: no such path, a wrong method, a missing key."""
-    return JSONResponse(error_body(STATUS_CODES.get(status, "error"), message, **where), status, headers)
+    return JSONError(error_body(STATUS_CODES.get(status, "error"), message, **where), status, headers)
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from core.passages import Chunk, Passage
 from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
-from service.schemas import EmbeddingSpans, Evidence, EvidenceSpan, PassageField
+from service.response_schemas import EmbeddingSpans, Evidence, EvidenceSpan, PassageField
 
 # A token with less than this share of the embedding's strongest token is background and belongs to no span.
 BACKGROUND = 0.1

@@ -21,6 +21,7 @@ from core.policy import TokenCosts
 from core.quantization import quantise
 from core.sampling import GenerationOptions
 from service.settings import SHIPPED, Settings
+from service.weights import keep_compressor
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +81,18 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
     return best_dtype(torch.device(settings.device)) if settings.accelerator == "eager" else torch.float32
+
+
+def load_to_serve(settings: Settings, folder: Path | None) -> Model:
+    """The model of `load_model`, warm; where a vLLM server writes the answers, without the generator's layers.
+
+    They are needed before that, to repeat the golden example; a model without one keeps them. Raises as `load_model`.
+    """
+    model = load_model(settings, folder)
+    warm_up(model)
+    if settings.generator_url and model.golden is not None:
+        keep_compressor(model)
+    return model
 
 
 def warm_up(model: Model) -> None:

@@ -52,7 +52,7 @@ class Metrics:
         self.padding_share = histogram("compress_padding_share", "Padding in a compression batch, 0 to 1", SHARE)
         self.split_batches = counter("split_batches_total", "Batches that failed and were halved")
         self.decode_sequences = histogram("decode_sequences", "Answers that got a token in one step", COUNT)
-        self.generator_up = gauge("generator_up", "1 while the generator's server is well and has the right weights")
+        self.generator_up = gauge("generator_up", "1 while answers can be written: no server or replica is missed")
         self.generator_retries = counter("generator_retries_total", "Prompts sent again to the generator's server")
         self.text_tokens = counter("text_tokens_total", "Prompt tokens had all passages been text", "checkpoint")
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens as they were", "checkpoint")

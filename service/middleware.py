@@ -1,6 +1,6 @@
 """What happens to every HTTP request before and after its route, as pure ASGI. Knows no routes' meaning.
 
-Outermost first: request id, headers, log line and metrics; keys; the body, read under limits before any route runs.
+Outermost first: request id, headers, log line and metrics; HEAD; keys; the body, read under limits before any route.
 """
 
 import logging
@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import anyio
+from starlette._utils import get_route_path  # the path as routes see it; a key is checked for no other
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import OverloadedError, TooLargeError
 from service.auth import KeyRing
-from service.errors import UnsupportedError, error_response, plain_response
+from service.errors import ClientLeftError, UnsupportedError, code_of, error_response, note_error, plain_response
 from service.logs import set_request_id, set_trace_id
 from service.metrics import Metrics
 from service.settings import Settings
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# A string need not end: one that fails to match would be tried again from each quote in it, in quadratic time.
-JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{]|[\]}]', re.DOTALL)
+MAX_JSON_PARTS = 100_000  # no request needs as many, and a body of millions would hold up every other request
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -57,7 +57,9 @@ class RequestContext:
         request_id = offered if REQUEST_ID.fullmatch(offered) else secrets.token_hex(16)
         set_request_id(request_id)
         began, status = time.perf_counter(), 0
-        route = scope["path"] if scope["path"] in self.paths else "other"  # a caller's path is no metric's label
+        path = get_route_path(scope)
+        route = path if path in self.paths else "other"  # a caller's path is no metric's label
+        state = scope.setdefault("state", {})  # shared by all copies of the scope
         span = self.tracing.begin(scope) if self.tracing is not None and route not in QUIET else None
         if span is not None:
             set_trace_id(span.trace_id)
@@ -76,10 +78,13 @@ class RequestContext:
             await self.app(scope, receive, send_named)
         except Exception as error:
             log.exception("a request failed")
+            note_error(scope, code_of(error))
             if not status:
                 await error_response(error)(scope, receive, send_named)
         finally:
-            session = scope.get("state", {}).get("session")
+            session = state.get("session")
+            if "error_code" in state:
+                self.metrics.errors.labels(state["error_code"]).inc()
             self._note(route, status, time.perf_counter() - began, session)
             if span is not None:
                 span.end(scope["method"], route, status, request_id, session)
@@ -103,7 +108,7 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
-            refusal = self.keys.refuse(scope["path"], Headers(scope=scope))
+            refusal = self.keys.refuse(get_route_path(scope), Headers(scope=scope))
             if refusal is not None:
                 await refusal(scope, receive, send)
                 return
@@ -132,7 +137,7 @@ class HeadAsGet:
 class BodyLimit:
     """Reads the whole body before the route runs: no more of it than allowed, in the time allowed.
 
-    Bodies in memory are counted together, and one that would pass the total is refused before it is read.
+    Bodies in memory are counted together as they arrive, and one that passes the total is refused.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -142,7 +147,7 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or scope["method"] in ("GET", "OPTIONS"):
             await self.app(scope, receive, send)
             return
         reader = _BodyReader(self, Headers(scope=scope), receive)
@@ -155,13 +160,12 @@ class BodyLimit:
                 response = plain_response(408, message, {"Connection": "close"})
                 await response(scope, receive, send)
                 return
-            except (TooLargeError, OverloadedError, UnsupportedError) as error:
+            except (TooLargeError, OverloadedError, UnsupportedError, ClientLeftError) as error:
                 response = error_response(error, self.settings.overload_status)
                 response.headers["Connection"] = "close"
                 await response(scope, receive, send)
                 return
-            if body is not None:  # None: the client left before its body was complete
-                await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, _replay(body, receive), send)
         finally:
             self.buffered -= reader.reserved
 
@@ -175,55 +179,62 @@ class _BodyReader:
         self.receive = receive
         self.reserved = 0
 
-    async def read(self) -> bytes | None:
-        """The body; None where the client left. Raises TooLargeError, OverloadedError, UnsupportedError."""
+    async def read(self) -> bytes:
+        """The body. Raises TooLargeError, OverloadedError, UnsupportedError, ClientLeftError."""
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and len(declared) < 20:
-            self._reserve(int(declared))
+            self._check_size(int(declared))
         content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         parts: list[bytes] = []
-        size = 0
         while True:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                return None
+                raise ClientLeftError("the client left before its body was complete")
             part = message.get("body", b"")
-            size += len(part)
-            if size > self.reserved:
-                self._reserve(size)
+            self._reserve(len(part))
             parts.append(part)
             if not message.get("more_body", False):
                 break
         body = b"".join(parts)
         if body and content_type != "application/json":
             raise UnsupportedError("send JSON with Content-Type: application/json")
-        _check_depth(body, self.limit.settings.max_json_depth)
+        _check_structure(body, self.limit.settings.max_json_depth)
         return body
 
-    def _reserve(self, size: int) -> None:
-        settings = self.limit.settings
-        most = settings.max_body_bytes
+    def _check_size(self, size: int) -> None:
+        most = self.limit.settings.max_body_bytes
         if size > most:
             raise TooLargeError("body", f"is over the limit of {most} bytes", most)
-        if self.limit.buffered - self.reserved + size > settings.max_buffered_bytes:
+
+    def _reserve(self, size: int) -> None:
+        """Hold what has arrived. What is only declared is not held: 16 idle clients could shut out all others."""
+        self._check_size(self.reserved + size)
+        if self.limit.buffered + size > self.limit.settings.max_buffered_bytes:
             raise OverloadedError("too many large requests are being read: try again later", 1)
-        self.limit.buffered += size - self.reserved
-        self.reserved = size
+        self.limit.buffered += size
+        self.reserved += size
 
 
-def _check_depth(body: bytes, limit: int) -> None:
-    """Refuse JSON that nests deeper than `limit`, before a recursive parser sees it."""
-    if body.count(b"[") + body.count(b"{") <= limit:
+def _check_structure(body: bytes, max_depth: int) -> None:
+    """Refuse JSON that nests too deep or has too many parts, before a recursive parser sees it.
+
+    Only the brackets of an acceptable body are looked at one by one: all else is the bytes' own fast searches.
+    """
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= max_depth and body.count(b'"') <= 2 * MAX_JSON_PARTS:
         return
+    # Without its escapes, whatever stands between an odd quote and the next one is a string.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = plain.count(b'"') // 2
+    outside = b"".join(plain.split(b'"')[::2]) if strings <= MAX_JSON_PARTS else b""
+    if strings + sum(map(outside.count, (b"[", b"]", b"{", b"}"))) // 2 > MAX_JSON_PARTS:
+        message = f"has over {MAX_JSON_PARTS} strings, lists and objects: send fewer in a request"
+        raise TooLargeError("body", message, MAX_JSON_PARTS)
     depth = 0
-    for part in JSON_PART.finditer(body):
-        match body[part.start()]:
-            case 0x5B | 0x7B:  # [ {
-                depth += 1
-                if depth > limit:
-                    raise TooLargeError("body", f"nests deeper than {limit} levels", limit)
-            case 0x5D | 0x7D:  # ] }
-                depth -= 1
+    for bracket in re.findall(rb"[\[\]{}]", outside):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > max_depth:
+            raise TooLargeError("body", f"nests deeper than {max_depth} levels", max_depth)
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:

@@ -34,7 +34,7 @@ MinRelevance = Annotated[float, Field(ge=0, le=1, description="passages less rel
 
 
 class EstimatesMs(BaseModel):
-    """Milliseconds from compression to the first token, by what a token costs here; hybrid: each as costs less."""
+    """Milliseconds from compression to the first token, by what a token costs here; hybrid: the cheaper for each."""
 
     text: float
     compressed: float

@@ -14,7 +14,7 @@ from core.planning import plan_request
 from core.policy import Plan, Policy
 from core.rows import ChunkRow
 from core.tokenization import encode
-from service.embedding_store import EmbeddingStore, StoredPassage
+from service.embedding_store import EmbeddingStore, StoredPassage, query_sha256
 from service.embeddings_codec import decode_embeddings
 from service.limits import AnyPassage, check_rate
 from service.schemas import AnswerPassage, Embeddings
@@ -62,7 +62,7 @@ def prepare_request(
 ) -> Prepared:
     """Tokenise a request, and settle what the compressor reads. Raises InputError for what cannot be served."""
     check_rate(rate, model)
-    given = {i: given for i, passage in enumerate(passages) if (given := _given(model, i, passage, store))}
+    given = {i: given for i, passage in enumerate(passages) if (given := _given(model, query, i, passage, store))}
     plain = [_passage(passage, given.get(i)) for i, passage in enumerate(passages)]
     fresh = [i for i in range(len(plain)) if i not in given]
     tokenised = prepare(model, query, [plain[i] for i in fresh]) if fresh else PreparedRequest(query, (), [], ())
@@ -90,7 +90,7 @@ def _passage(passage: AnyPassage, given: StoredPassage | None) -> Passage:
     return Passage(passage.text or "", passage.title, passage.id)
 
 
-def _given(model: Model, index: int, passage: AnyPassage, store: EmbeddingStore) -> StoredPassage | None:
+def _given(model: Model, query: str, index: int, passage: AnyPassage, store: EmbeddingStore) -> StoredPassage | None:
     """The embeddings that came with a passage, inline or by reference."""
     if not isinstance(passage, AnswerPassage):
         return None
@@ -100,14 +100,17 @@ def _given(model: Model, index: int, passage: AnyPassage, store: EmbeddingStore)
         if stored is None:
             raise InvalidInputError(field, "is not known here (any more): compress the passage again")
         _check_version(model, stored.checkpoint, field)
+        _check_query(query, stored.query_sha256, field)
         return stored
     if passage.embeddings is None:
         return None
-    return _decode(model, passage, passage.embeddings, f"passages.{index}.embeddings")
+    field = f"passages.{index}.embeddings"
+    _check_version(model, passage.embeddings.checkpoint, f"{field}.checkpoint")
+    _check_query(query, passage.embeddings.query_sha256, f"{field}.query_sha256")
+    return _decode(model, passage, passage.embeddings, field)
 
 
 def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field: str) -> StoredPassage:
-    _check_version(model, embeddings.checkpoint, f"{field}.checkpoint")
     memory = decode_embeddings(
         embeddings.data,
         embeddings.dtype,
@@ -123,12 +126,20 @@ def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field:
         title=passage.title,
         text=passage.text or "",
         checkpoint=embeddings.checkpoint,
+        query_sha256=embeddings.query_sha256,
     )
 
 
 def _check_version(model: Model, checkpoint: str, field: str) -> None:
     if checkpoint != model.name:
         raise InvalidInputError(field, f"these embeddings are another checkpoint's; {model.name} serves now")
+
+
+def _check_query(query: str, made_for: str | None, field: str) -> None:
+    """Embeddings keep what answers their own query; under another they would be answered from, and wrongly."""
+    if made_for is not None and made_for != query_sha256(query):
+        message = "these embeddings were made for another query: compress the passage again for this one"
+        raise InvalidInputError(field, message)
 
 
 def _whole_chunk(model: Model, index: int, passage: Passage) -> Chunk:

@@ -9,26 +9,25 @@ from core.model import Model
 from core.pipeline import CompressedPassage, rerank
 from core.policy import AS_EMBEDDINGS, overall
 from service.caches.embeddings import count_cached
-from service.embedding_store import StoredPassage
+from service.embedding_store import StoredPassage, query_sha256
 from service.embeddings_codec import encode_embeddings
 from service.evidence import passages_evidence
 from service.jobs import Compressed, Finished
 from service.policy_schemas import EstimatesMs, PlanOut
-from service.schemas import (
+from service.response_schemas import (
     Answerable,
     AnsweredPassage,
     AnswerResponse,
     ChunkOut,
     CompressedPassageOut,
-    CompressRequest,
     CompressResponse,
     CompressUsage,
-    Embeddings,
     Evidence,
     RankedPassage,
     RerankResponse,
     Usage,
 )
+from service.schemas import CompressRequest, Embeddings
 from service.session import Session
 
 NO_EVIDENCE: Mapping[int, Evidence] = {}
@@ -154,7 +153,7 @@ def record_response(session: Session, compressed: Compressed, response: BaseMode
             metrics.relevance.labels(checkpoint).observe(passage.relevance)
     if read := [passage for passage in compressed.passages if passage.chunks]:
         tokens = sum(passage.tokens for passage in read)
-        metrics.compression_rate.observe(tokens / sum(len(passage.memory) for passage in read))
+        metrics.compression_rate.observe(tokens / sum(passage.memory_tokens for passage in read))
     if isinstance(response, AnswerResponse):
         metrics.text_tokens.labels(checkpoint).inc(response.usage.text_tokens)
         metrics.prompt_tokens.labels(checkpoint).inc(response.usage.prompt_tokens)
@@ -173,20 +172,19 @@ def _compressed_passage(
 ) -> CompressedPassageOut:
     assert session.prepared is not None  # a session that has events was prepared
     source = session.prepared.request.passages[passage.index]
-    memory = passage.memory
-    score = passage.score
+    memory, score, query = passage.memory, passage.score, query_sha256(body.query)
     stored = None
     if body.store:
         stored = session.engine.store.put(
-            StoredPassage(memory, score, passage.tokens, source.title, source.text, model.name)
+            StoredPassage(memory, score, passage.tokens, source.title, source.text, model.name, query)
         )
     return CompressedPassageOut(
         index=passage.index,
         id=source.id,
         relevance=passage.relevance or 0.0,
         tokens=passage.tokens,
-        memory_tokens=len(memory),
-        rate=round(passage.tokens / len(memory), 3),
+        memory_tokens=passage.memory_tokens,
+        rate=round(passage.tokens / passage.memory_tokens, 3),
         chunks=[
             ChunkOut(start=c.start, end=c.end, tokens=c.tokens, memory_tokens=len(c.memory), score=c.score)
             for c in passage.chunks
@@ -199,6 +197,7 @@ def _compressed_passage(
             score=score,
             tokens=passage.tokens,
             checkpoint=model.name,
+            query_sha256=query,
         ),
         embedding_id=stored,
         evidence=evidence,

@@ -10,8 +10,9 @@ from starlette.responses import Response
 from service.dialects.errors import TeiErrorResponse, choose_rerank_dialect
 from service.dialects.tei import RerankBody, TeiRequest, TeiResponse, tei_response
 from service.errors import WITH_BODY, ErrorResponse, documented
+from service.response_schemas import AnswerResponse, CompressResponse, RerankResponse
 from service.responses import compress_response, rerank_response
-from service.schemas import AnswerRequest, AnswerResponse, CompressRequest, CompressResponse, RerankResponse
+from service.schemas import AnswerRequest, CompressRequest
 from service.serving import (
     ThisEngine,
     json_response,

@@ -1,14 +1,14 @@
-"""Requests and responses as strict models, with examples. Limits that an operator sets are in `limits.py`."""
+"""Requests as strict models, with examples. Limits that an operator sets are in `limits.py`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from core.policy import Policy, Reason, RequestMode, Shown
-from service.caches.schemas import CacheUsage
+from core.policy import Policy, RequestMode
+from service.embedding_store import query_sha256
 from service.embeddings_codec import Dtype, Encoding
 from service.errors import OTHER_THAN_TEXT
-from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
+from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance
 
 
 def _check_text(text: str) -> str:
@@ -31,15 +31,26 @@ Text = Annotated[str, AfterValidator(_check_text)]
 FilledText = Annotated[Text, AfterValidator(_check_not_empty)]
 Identifier = Annotated[Text, Field(max_length=256)]
 Finite = Field(allow_inf_nan=False)
-PassageField = Literal["title", "text"]
 QUERY = "What does the Curie temperature of a ferromagnet mark?"
 TEXT = "Above its Curie temperature a ferromagnet loses its permanent magnetism. For iron this is 1043 K."
+
+
+Query = Annotated[FilledText, Field(description="the question", examples=[QUERY])]
 
 
 class Strict(BaseModel):
     """Unknown fields and wrong types are refused: a misspelt option must not pass in silence."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, value: Any) -> Any:
+        """Of many unknown fields one is enough to refuse: an error for each of a million would take minutes."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        unknown = next(name for name in value if name not in cls.model_fields)
+        return {name: value[name] for name in (*cls.model_fields, unknown) if name in value}
 
 
 class PassageIn(Strict):
@@ -63,6 +74,12 @@ class Embeddings(Strict):
     tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(description="the passage's length as text, in tokens")
     checkpoint: Annotated[str, Field(max_length=256)] = Field(
         description="the version that made them; no other reads them"
+    )
+    query_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        default=None,
+        description="SHA-256 of the query (UTF-8) they were made for; `/answer` refuses them under another. Unset: not"
+        " checked, and an answer to another query may be wrong",
+        examples=[query_sha256(QUERY)],
     )
 
     @model_validator(mode="after")
@@ -116,11 +133,11 @@ Explain = Annotated[
 class CompressRequest(Strict):
     """A query and the passages to compress for it."""
 
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     passages: PlainPassages = Field(examples=[[TEXT]])
     rate: Rate | None = None
-    dtype: Dtype = "float32"
-    encoding: Encoding = "base64"
+    dtype: Dtype = Field(default="float32", description="number format of the embeddings; float16 is half the size")
+    encoding: Encoding = Field(default="base64", description="how the embeddings are written; json: as nested lists")
     store: bool = Field(
         default=False, description="also keep the embeddings here and return an embedding_id for each passage"
     )
@@ -131,7 +148,7 @@ class CompressRequest(Strict):
 class RerankRequest(Strict):
     """A query and the passages to put in order."""
 
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     passages: PlainPassages = Field(examples=[[TEXT, "Butter melts at 32 to 35 degrees Celsius."]])
     top_n: Annotated[int, Field(ge=1)] | None = Field(default=None, description="return only the best so many")
     timeout: Timeout | None = None
@@ -140,22 +157,25 @@ class RerankRequest(Strict):
 class AnswerRequest(Strict):
     """A query and the passages to answer it from."""
 
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     passages: AnswerPassages = Field(examples=[[TEXT, {"id": "b", "title": "Butter", "text": "It melts at 32 °C."}]])
     mode: RequestMode | None = Field(
         default=None,
-        description="how passages reach the generator. hybrid: the best as text; auto: each as relevance, costs and"
-        " max_prompt_tokens have it. Unset: auto under max_prompt_tokens, else compressed",
+        description="how passages reach the generator. compressed: as embeddings; hybrid: the same, and the most"
+        " relevant also as text; text: as text; auto: each in the form that costs less, within max_prompt_tokens."
+        " Unset: compressed, or auto with max_prompt_tokens",
     )
     hybrid_top: HybridTop | None = None
     max_prompt_tokens: MaxPromptTokens | None = None
     min_relevance: MinRelevance = 0.0
     rate: Rate | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=64, description="longest answer, in generator tokens")
     temperature: Annotated[float, Field(ge=0, le=100), Finite] = Field(
         default=0.0, description="0: always the likeliest token"
     )
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="sample from the likeliest tokens that make up this share; 1: from all"
+    )
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = Field(default=0, description="0: no limit")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(default=None, description="makes sampling repeatable")
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(fail_fast=True)] = Field(
@@ -170,127 +190,3 @@ class AnswerRequest(Strict):
         """How the caller wants passages to be shown."""
         mode = self.mode or ("compressed" if self.max_prompt_tokens is None else "auto")
         return Policy(mode, self.hybrid_top, self.max_prompt_tokens, self.min_relevance)
-
-
-class EvidenceSpan(BaseModel):
-    """Words an embedding came from: code points `start` to `end` of the passage's title or text."""
-
-    field: PassageField
-    start: int = Field(examples=[10])
-    end: int = Field(examples=[27])
-    weight: float = Field(description="share of the embedding's attention, 0..1", examples=[0.82])
-
-
-EmbeddingSpans = list[list[EvidenceSpan]]
-Evidence = Annotated[
-    EmbeddingSpans | None,
-    Field(
-        description="with explain: for each memory embedding, the spans it came from, heaviest first; null for passages"
-        " shown as text or sent as embeddings, and for a readout without attention"
-    ),
-]
-
-
-class ChunkOut(BaseModel):
-    """One chunk: its character span in the passage (title, line break, text), sizes and raw relevance score."""
-
-    start: int
-    end: int
-    tokens: int
-    memory_tokens: int
-    score: float
-
-
-class CompressedPassageOut(BaseModel):
-    """One passage, compressed. `rate` is what was achieved: tokens in by memory embeddings out."""
-
-    index: int
-    id: str | None
-    relevance: float
-    tokens: int
-    memory_tokens: int
-    rate: float
-    chunks: list[ChunkOut]
-    embeddings: Embeddings
-    embedding_id: str | None
-    evidence: Evidence = None
-
-
-class CompressUsage(CacheUsage):
-    """Tokens of the passages as text, memory embeddings made of them, and one by the other."""
-
-    text_tokens: int
-    memory_tokens: int
-    rate: float
-
-
-Timings = Annotated[dict[str, float], Field(examples=[{"compress": 41.0, "total": 44.9}])]
-
-
-class CompressResponse(BaseModel):
-    """Passages in the caller's order."""
-
-    passages: list[CompressedPassageOut]
-    usage: CompressUsage
-    timings_ms: Timings
-    checkpoint: str
-
-
-class RankedPassage(BaseModel):
-    """A passage by its index in the request."""
-
-    index: int
-    id: str | None
-    relevance: float
-
-
-class RerankResponse(BaseModel):
-    """Passages, most relevant first."""
-
-    results: list[RankedPassage]
-    timings_ms: Timings
-    checkpoint: str
-
-
-class AnsweredPassage(BaseModel):
-    """A passage, its relevance to the query in 0..1, and how the generator saw it."""
-
-    index: int
-    id: str | None
-    relevance: float | None = Field(description="null where auto shows a passage as text without scoring it")
-    mode: Shown = Field(description="text; compressed: as embeddings; hybrid: embeddings, then its text; or dropped")
-    reason: Reason = Field(
-        description="why: asked, most_relevant, relevant (enough for text, and it fits), pays, no_gain (compressing it"
-        " would not pay), no_text (only its embeddings are known), over_budget, below_min_relevance"
-    )
-    tokens: int = Field(description="of the prompt, its number left out; 0 where dropped")
-    evidence: Evidence = None
-
-
-class Usage(CacheUsage):
-    """Generator tokens: of the prompt with all passages as text, of the prompt as it was, saved, and generated."""
-
-    text_tokens: int
-    prompt_tokens: int
-    tokens_saved: int
-    completion_tokens: int
-
-
-class Answerable(BaseModel):
-    """Whether the passages hold an answer at all: their best relevance against the checkpoint's threshold."""
-
-    probability: float
-    answerable: bool
-
-
-class AnswerResponse(BaseModel):
-    """The answer; passages in the caller's order."""
-
-    answer: str
-    finish_reason: Literal["stop", "length"]
-    passages: list[AnsweredPassage]
-    answerable: Answerable | None = Field(description="null where the checkpoint has no calibrated threshold")
-    plan: PlanOut
-    usage: Usage
-    timings_ms: Timings
-    checkpoint: str

@@ -8,20 +8,21 @@ from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from core.errors import CancelledError
 from service.engine import CHECKPOINT_HEADER, Engine
+from service.errors import ClientLeftError
 from service.jobs import Compressed
 from service.limits import AnyRequest
+from service.response_schemas import Evidence
 from service.responses import NO_EVIDENCE, answer_response, evidence_of, record_response
-from service.schemas import AnswerRequest, Evidence, RerankRequest
+from service.schemas import AnswerRequest, RerankRequest
 from service.session import Session
 from service.streaming import AnswerFormat, AnswerStream, until_disconnect
 
 T = TypeVar("T")
 
 
-def engine_of(request: Request) -> Engine:
-    """The application's engine."""
+async def engine_of(request: Request) -> Engine:
+    """The application's engine. Async, though it waits for nothing: FastAPI sends what is not through a thread."""
     engine: Engine = request.app.state.engine
     return engine
 
@@ -72,7 +73,7 @@ async def unless_disconnected(request: Request, wait: Callable[[], Awaitable[T]]
     try:
         await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
-            raise CancelledError("the client left")
+            raise ClientLeftError("the client left")
         return waiting.result()
     finally:
         waiting.cancel()

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import error_content
+from service.errors import code_of, error_content, note_error
 from service.jobs import Compressed, Delta, Finished
+from service.response_schemas import AnsweredPassage, AnswerResponse, Evidence
 from service.responses import answer_response, answered_passages, record_response
-from service.schemas import AnsweredPassage, AnswerResponse, Evidence
 from service.session import Session
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class AnswerStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until the answer is complete, the client leaves, or it has stopped reading past the deadline."""
-        sender = asyncio.create_task(self._send_all(send))
+        sender = asyncio.create_task(self._send_all(scope, send))
         leaving = asyncio.create_task(until_disconnect(receive))
         try:
             patience = self._session.seconds_left + SLOW_READER_SECONDS
@@ -96,7 +96,7 @@ class AnswerStream(Response):
         if isinstance(outcomes[0], Exception) and not isinstance(outcomes[0], OSError):
             raise outcomes[0]
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             passages = answered_passages(self._session, self._compressed, self._evidence)
@@ -108,7 +108,7 @@ class AnswerStream(Response):
             content = error_content(error)
             if content["error"]["code"] == "internal":
                 log.exception("a stream failed")
-            self._session.engine.metrics.errors.labels(content["error"]["code"]).inc()
+            note_error(scope, code_of(error))
             await _send_part(send, self._form.failure(content))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

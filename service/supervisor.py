@@ -107,13 +107,11 @@ class Supervisor:
 
     async def _run_worker(self, number: int) -> tuple[bool, int]:
         """One process from start to end: whether it came to serve, and its exit status."""
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "service.worker_process", str(number)]
-        descriptors = (self._listener.fileno(), theirs.fileno())
-        process = await asyncio.create_subprocess_exec(
-            *command, *map(str, descriptors), *self._flags, pass_fds=descriptors
-        )
-        theirs.close()
+        try:
+            process, ours = await self._start_worker(number)
+        except OSError as error:  # the machine or the container has no room for one more process now
+            log.error("a worker cannot be started", extra={"worker": number, "reason": str(error)})
+            return False, os.EX_OSERR
         note_worker(self._folder, number, process.pid)
         self._processes[number] = process
         if self._stopping.is_set():  # the signal came while the process was being made
@@ -127,6 +125,21 @@ class Supervisor:
         self._checkpoints.replicas = [r for r in self._checkpoints.replicas if r not in joined]
         forget_worker(self._folder, number)
         return bool(joined), status
+
+    async def _start_worker(self, number: int) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        """A new process and our end of the connection to it. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "service.worker_process", str(number)]
+        descriptors = (self._listener.fileno(), theirs.fileno())
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command, *map(str, descriptors), *self._flags, pass_fds=descriptors
+                )
+            except OSError:
+                ours.close()
+                raise
+        return process, ours
 
     async def _serve_worker(self, connection: socket.socket, number: int) -> tuple[Channel, list[RemoteReplica]]:
         """The channel to a worker, and a list that holds its replica once it has joined."""

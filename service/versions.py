@@ -17,7 +17,7 @@ from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
 from service.errors import GeneratorUnavailableError
 from service.free_memory import free_bytes
-from service.loading import configured_folder, load_model, warm_up
+from service.loading import configured_folder, load_to_serve, warm_up
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ class Versions:
         loop = asyncio.get_running_loop()
         if model is None:
             folder = folder or configured_folder(self._settings)
-            model = await loop.run_in_executor(None, load_model, self._settings, folder)
-        await loop.run_in_executor(None, warm_up, model)
+            model = await loop.run_in_executor(None, load_to_serve, self._settings, folder)
+        else:
+            await loop.run_in_executor(None, warm_up, model)
         with contextlib.suppress(GeneratorUnavailableError):  # /readyz says so until it is there
             await self._add(model)
         return Checkpoint(model.name, folder)
@@ -89,8 +90,7 @@ class Versions:
             if name in self._loaded:
                 return name
             self._check_memory(folder)
-        model = await loop.run_in_executor(None, load_model, self._settings, folder)
-        await loop.run_in_executor(None, warm_up, model)
+        model = await loop.run_in_executor(None, load_to_serve, self._settings, folder)
         if version is not None and model.name != version:
             raise CheckpointError(f"{label}: is {model.name} now and was {version}")
         await self._add(model)

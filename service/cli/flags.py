@@ -12,7 +12,8 @@ EXPLAIN = {"action": "store_true", "help": "also say which words each embedding 
 FLAGS: Mapping[str, Mapping[str, Any]] = {
     "mode": {
         "choices": get_args(Mode),
-        "help": "how passages reach the generator; hybrid: the best as text too; auto: as relevance and costs have it",
+        "help": "how passages reach the generator; hybrid: the best as text too; auto: each in the form that costs"
+        " less, by costs measured at the start; usually only very short ones stay text",
     },
     "hybrid_top": {"type": int, "help": "with --mode hybrid: passages shown as text too"},
     "max_prompt_tokens": {"type": int, "help": "longest prompt; what does not fit is compressed or left out"},

@@ -15,6 +15,7 @@ Mode = Literal["compressed", "hybrid", "text", "auto"]
 class Embeddings:
     """A compressed passage as `compress` returns it and `answer` takes it back; only `checkpoint` can read it.
 
+    query_sha256    of the query it was compressed for; `answer` refuses it under another; None: not checked
     shape   memory embeddings and width of the generator
     data    base64 of raw little-endian numbers, row by row
     score   raw relevance score of the passage
@@ -28,6 +29,7 @@ class Embeddings:
     score: float
     tokens: int
     checkpoint: str
+    query_sha256: str | None = None
 
     def rows(self) -> list[list[float]]:
         """The numbers themselves: one list a memory embedding."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -160,7 +161,7 @@ class _Rewriter:
 
 
 def _dialect_of(scope: Scope) -> Dialect | None:
-    path: str = scope["path"]
+    path = get_route_path(scope)
     name = PATHS.get(path) or ("chat" if path.startswith("/v1/") else scope.get("state", {}).get("dialect"))
     return DIALECTS[name] if name else None
 

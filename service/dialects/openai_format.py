@@ -17,7 +17,7 @@ from service.dialects.openai_schemas import (
     Passages,
     TextChoice,
 )
-from service.schemas import AnsweredPassage, AnswerResponse
+from service.response_schemas import AnsweredPassage, AnswerResponse
 
 DONE = b"data: [DONE]\n\n"
 

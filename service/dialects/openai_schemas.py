@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.policy import RequestMode
 from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
+from service.response_schemas import AnsweredPassage
 from service.schemas import (
     BY_KIND,
     IS_OTHER,
     IS_TEXT,
     QUERY,
     TEXT,
-    AnsweredPassage,
     FilledText,
     Finite,
     Identifier,
@@ -65,7 +65,7 @@ Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
 Stops = Annotated[
-    Annotated[Stop, IS_TEXT] | Annotated[list[Stop], IS_OTHER],
+    Annotated[Stop, IS_TEXT] | Annotated[list[Stop], Field(fail_fast=True), IS_OTHER],
     BY_KIND,
 ]
 Prompt = Annotated[
@@ -144,7 +144,7 @@ class Generation(Strict):
     n: Literal[1] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Any = IGNORED
 
     def options(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class ChatRequest(Generation):
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Any = Field(default=None, description="accepted; the model never calls one")
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = IGNORED

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.schemas import BY_KIND, IS_OTHER, IS_TEXT, QUERY, TEXT, FilledText, RerankRequest, Strict
+from service.schemas import BY_KIND, IS_OTHER, IS_TEXT, TEXT, FilledText, Query, RerankRequest, Strict
 
 OTHER = "Butter melts at 32 to 35 degrees Celsius."
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
@@ -29,7 +29,7 @@ class JinaRequest(Strict):
     """Jina's rerank request, vLLM's, and version 1 of Cohere's: they differ only in options."""
 
     model: str | None = Field(default=None, max_length=256, description="any: one model serves")
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     documents: JinaDocuments = Field(examples=[[TEXT, {"text": OTHER}]])
     top_n: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="return only the best so many; 0, as in vLLM: all"
@@ -99,7 +99,7 @@ class CohereRequest(Strict):
     """Cohere's rerank request, version 2: documents are texts."""
 
     model: str | None = Field(default=None, max_length=256, description="any: one model serves")
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     documents: Annotated[list[FilledText], Field(min_length=1, fail_fast=True)] = Field(examples=[[TEXT, OTHER]])
     top_n: Count | None = Field(default=None, description="return only the best so many")
     max_tokens_per_doc: Count | None = IGNORED

@@ -6,14 +6,14 @@ from pydantic import BaseModel, Discriminator, Field, RootModel, Tag
 
 from service.dialects.ranking import ranked
 from service.jobs import Compressed
-from service.schemas import QUERY, TEXT, FilledText, RerankRequest, Strict
+from service.schemas import TEXT, FilledText, Query, RerankRequest, Strict
 from service.session import Session
 
 
 class TeiRequest(Strict):
     """TEI's rerank request. Texts are read whole whatever their length, so there is nothing to truncate."""
 
-    query: FilledText = Field(examples=[QUERY])
+    query: Query
     texts: Annotated[list[FilledText], Field(min_length=1, fail_fast=True)] = Field(examples=[[TEXT]])
     truncate: bool | None = Field(default=None, description="without effect: texts are read whole")
     truncation_direction: Literal["right", "left", "Right", "Left"] = Field(default="right", description="no effect")

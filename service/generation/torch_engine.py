@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from core.decode_passes import read_prefix
 from core.decoding import DecodeBatch, Sequence
-from core.kv_slots import Prefix
+from core.kv_slots import PromptPrefix
 from core.model import Model
 from core.prompts import Prompt
 from service.failures import free_memory, out_of_memory, shown
@@ -57,9 +57,10 @@ class TorchEngine:
         limit = settings.max_sequences
         self._slots = limit if graphs is None else min(limit, graphs.max_sequences)
         self._prefix_ids = model.template.prefix
-        self._prefix: Prefix | None = None  # read by the worker's thread, before its first prompt
+        self._prefix: PromptPrefix | None = None  # read by the worker's thread, before its first prompt
         self._settings = settings
         self._metrics = metrics
+        metrics.generator_up.set(True)  # it is here, and away only with the process
         self._ready: deque[Waiting] = deque()
         self._running: dict[Sequence, Running] = {}
         self._decoder: DecodeBatch | None = None

@@ -25,6 +25,7 @@ from service.metrics import Metrics
 log = logging.getLogger(__name__)
 NOT_REACHED = "the generator has not been reached yet"
 NOT_OURS = "the generator does not serve this checkpoint"
+NEVER = -1
 
 
 class VllmEngine:
@@ -34,7 +35,7 @@ class VllmEngine:
 
     def __init__(self, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
         self._trouble = NOT_REACHED
-        self._verified_after = -1  # outages of the server, when it was last seen to have our weights
+        self._verified_after = NEVER  # outages of the server, when it was last seen to have our weights
         self._model = model
         self._golden_request: GoldenRequest | None = None
         self._server = server

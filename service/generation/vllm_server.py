@@ -81,7 +81,7 @@ class VllmServer:
                     if response.status_code != 200:
                         await response.aread()
                         raise self._refusal(response)
-                    async for line in response.aiter_lines():
+                    async for line in _lines(response):
                         tokens = parse_event(line)
                         if tokens:
                             begun = True
@@ -126,3 +126,13 @@ class VllmServer:
         if response.status_code in (400, 422):
             return EngineError(f"the generator refused the prompt: {said}")
         return self.away(f"the generator answers with status {response.status_code}")
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Lines of an event stream. Cut as bytes: httpx cuts text, also at U+2028 and others that JSON may hold."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest

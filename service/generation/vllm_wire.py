@@ -67,15 +67,15 @@ def with_logprobs(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "stream": False, "logprobs": TOP_LOGPROBS, "return_tokens_as_token_ids": True}
 
 
-def parse_event(line: str) -> list[int] | None:
+def parse_event(line: bytes) -> list[int] | None:
     """The new tokens in a line of the event stream; None for a line that holds none of the answer.
 
     Raises EngineError for an error in the stream, or what is no completion.
     """
-    if not line.startswith("data:"):
+    if not line.startswith(b"data:"):
         return None
-    data = line.removeprefix("data:").strip()
-    if data == "[DONE]":
+    data = line.removeprefix(b"data:").strip()
+    if data == b"[DONE]":
         return None
     body = _parse(data)
     if "error" in body:
@@ -120,7 +120,7 @@ def error_message(body: Mapping[str, Any]) -> str:
     return str(message)[:500]
 
 
-def _parse(data: str) -> dict[str, Any]:
+def _parse(data: str | bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except ValueError:

@@ -4,7 +4,7 @@ export const MODES = {
   compressed: "Every passage as embeddings.",
   hybrid: "Every passage as embeddings, and the most relevant as text too.",
   text: "Every passage as text, for comparison.",
-  auto: "Each as measured costs per token have it: short ones stay text.",
+  auto: "Each in the form that costs less, by costs measured at the start; usually only very short ones stay text.",
 };
 
 const SHOWN = { text: "Shown as text", compressed: "Compressed", hybrid: "Embeddings and text", dropped: "Dropped" };
@@ -36,7 +36,7 @@ export function stateOf({ mode, reason, tokens }) {
 
 /** What became of the passages together, and what decided it. */
 export function planOf({ reason, rate, estimates_ms: estimates }, passages, time) {
-  const kinds = { text: "as text", compressed: `compressed at ${rate} : 1`, hybrid: "as both", dropped: "dropped" };
+  const kinds = { text: "as text", compressed: `compressed (rate ${rate})`, hybrid: "as both", dropped: "dropped" };
   const counted = Object.entries(kinds).map(([mode, words]) => [passages.filter((p) => p.mode === mode).length, words]);
   const sizes = counted.filter(([count]) => count).map((each) => each.join(" ")).join(", ");
   const sentences = [`${sizes}.`, `${PLANS[reason] ?? reason}.`];
@@ -44,7 +44,7 @@ export function planOf({ reason, rate, estimates_ms: estimates }, passages, time
     const { text, compressed, hybrid } = estimates;
     sentences.push(
       `Estimated up to the first token: ${time(text)} all as text, ${time(compressed)} all compressed,` +
-        ` ${time(hybrid)} each as costs less.`,
+        ` ${time(hybrid)} with each passage in its cheaper form.`,
     );
   }
   return sentences.join(" ");

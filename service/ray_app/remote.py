@@ -16,14 +16,14 @@ from service.engine import Engine, Version
 from service.errors import GeneratorUnavailableError
 from service.failures import shown
 from service.generation.engine import GeneratorEngine
-from service.generation.vllm_engine import VllmEngine
+from service.generation.vllm_engine import NEVER, VllmEngine
 from service.generation.vllm_server import VllmServer
 from service.jobs import AnswerPlan, Delta, Failed, Job, Outbox
 from service.lane import Lane
 from service.metrics import Metrics
 from service.ray_app.fleet import Fleet
-from service.ray_app.weights import forget_weights
 from service.settings import Settings
+from service.weights import forget_weights
 from service.worker import Worker
 
 Call = Callable[[], Coroutine[None, None, None]]
@@ -115,8 +115,9 @@ class RemoteGenerator:
 
     jobs = 0
 
-    def __init__(self, version: str, fleet: Fleet, calls: Calls) -> None:
+    def __init__(self, version: str, fleet: Fleet, calls: Calls, metrics: Metrics) -> None:
         self.trouble: str | None = None
+        self._metrics = metrics
         self._version = version
         self._fleet = fleet
         self._calls = calls
@@ -144,6 +145,8 @@ class RemoteGenerator:
         except GeneratorUnavailableError as error:
             self.trouble = error.message
             raise
+        finally:
+            self._metrics.generator_up.set(self.trouble is None)
 
     async def _write(self, job: Job, plan: AnswerPlan, prompt: Prompt) -> None:
         try:
@@ -171,7 +174,12 @@ class PreparedVllmEngine(VllmEngine):
 
         Raises GeneratorUnavailableError and CheckpointError.
         """
-        await self._fleet.prepare(self._model.name)
+        try:
+            await self._fleet.prepare(self._model.name)
+        except GeneratorUnavailableError as error:
+            self._trouble, self._verified_after = error.message, NEVER
+            self._metrics.generator_up.set(False)
+            raise
         await super().verify()
 
 
@@ -189,7 +197,7 @@ class RemoteEngine(Engine):
         if self.server is None:
             forget_weights(model.compressor)
             forget_weights(model.generator)
-            generator = RemoteGenerator(model.name, self._fleet, self._calls)
+            generator = RemoteGenerator(model.name, self._fleet, self._calls, self.metrics)
         else:
             generator = PreparedVllmEngine(self._fleet, model, self.server, self.outbox, self.metrics)
         shared = self.caches.shared_rows()

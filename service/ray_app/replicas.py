@@ -25,9 +25,9 @@ from service.logs import configure_logging
 from service.metrics import Metrics
 from service.ray_app.fleet import Written
 from service.ray_app.settings import RaySettings
-from service.ray_app.weights import keep_compressor, keep_generator
 from service.settings import Settings
 from service.versions import Versions, version_of
+from service.weights import keep_compressor, keep_generator
 
 log = logging.getLogger(__name__)
 UNTRAINED = "untrained"

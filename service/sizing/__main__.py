@@ -42,10 +42,20 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--new-tokens", type=_count, default=32, help="length of an answer")
     plan.add_argument("--latency", type=_positive, help="seconds that 95 %% of the answers may take")
     plan.add_argument("--busy", type=_share, default=0.7, help="share of its time that a replica may work, on average")
-    plan.add_argument("--instance", choices=sorted(PRICES), default="m7g.large", help="whose published price to take")
+    plan.add_argument(
+        "--instance",
+        choices=sorted(PRICES),
+        default="m7i.large",
+        help="whose published price to take; one with an accelerator needs --measured of a run on it",
+    )
     plan.add_argument("--price", type=_positive, help="US dollars an hour of one replica's machine, instead")
     check = commands.add_parser("check", parents=[measured], help="the simulation beside real runs")
-    check.add_argument("--load", type=Path, help="JSON of `python -m service.benchmark load` on the same machine")
+    check.add_argument(
+        "--load",
+        type=Path,
+        help="JSON of `python -m service.benchmark load` on the same machine; mixed numbers of passages are simulated "
+        "as their mean",
+    )
     check.add_argument("--within", type=_positive, default=0.25, help="largest relative error allowed")
     return result
 

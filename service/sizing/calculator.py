@@ -16,22 +16,27 @@ HOURS_PER_S = 1 / 3600
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What one replica's machine costs, in US dollars an hour, and who says so."""
+    """What one replica's machine costs, in US dollars an hour, and who says so.
+
+    device  what its costs must have been measured on, as the benchmark's JSON names it
+    """
 
     name: str
     per_hour: float
     source: str
+    device: str
 
 
-# Not of the machine that was measured, which has no public price: of machines with as many cores, to have an order of
-# magnitude. `--price` takes the real one.
+AWS = "AWS price list of 2026-09-24, on-demand, Linux, us-east-1, as copied in github.com/getnable/finopsmcp"
+# Those of CPUs are not of the machine of the built-in costs, which has no public price: they have as many cores, and
+# give an order of magnitude.
 PRICES = {
-    "m7g.large": Price(
-        "m7g.large (2 vCPU, Arm)", 0.0816, "AWS on-demand, Linux, us-east-1, June 2026, by factualminds.com, 2026-06-17"
-    ),
-    "g5.xlarge": Price(
-        "g5.xlarge (4 vCPU, A10G)", 1.006, "AWS on-demand, Linux, us-east-1, June 2026, by factualminds.com, 2026-06-17"
-    ),
+    "c7i.large": Price("c7i.large (2 vCPU, x86, 4 GiB)", 0.08925, AWS, "cpu"),
+    "m7i.large": Price("m7i.large (2 vCPU, x86, 8 GiB)", 0.1008, AWS, "cpu"),
+    "g5.xlarge": Price("g5.xlarge (4 vCPU, A10G)", 1.006, AWS, "NVIDIA A10G"),
+    "g6.xlarge": Price("g6.xlarge (4 vCPU, L4)", 0.8048, AWS, "NVIDIA L4"),
+    "inf2.xlarge": Price("inf2.xlarge (4 vCPU, 2 NeuronCores-v2)", 0.7582, AWS, "neuron"),
+    "trn1.2xlarge": Price("trn1.2xlarge (8 vCPU, 2 NeuronCores-v2)", 1.34375, AWS, "neuron"),
 }
 
 

@@ -14,8 +14,10 @@ from service.sizing.costs import Costs, Sizes
 from service.sizing.fitting import BUILT_IN, fit, measurements, read_result
 from service.sizing.simulation import Limits, Simulated, Traffic, simulate_closed, simulate_open
 
-ARRIVALS = 2000  # simulated for each replica's percentiles, at least
-MOST_REPLICAS = 16
+ARRIVALS = 10_000  # that percentiles rest on: a 99th on a hundred of them
+WARM_UP = 500  # arrivals at each replica before those: at 90 % busy a queue forgets that it began empty within these
+MEETS_NOBODY = 0.01  # requests at a replica, on average: more replicas make none faster
+MOST_REPLICAS = 4  # few that run long, as each has its warm-up
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def plan_command(options: argparse.Namespace) -> str:
     """Replicas, memory and money for the traffic, in its mode and in text, and what a simulation says of latency."""
     costs, limits = read_costs(options), Limits.of(Settings())
     sizes = Sizes(options.passages, options.passage_tokens, options.query_tokens, options.new_tokens)
-    price = Price("as given", options.price, "--price") if options.price else PRICES[options.instance]
+    price = _price(options, costs)
     traffics = [Traffic(sizes, options.mode), Traffic(sizes, "text", ranked=False)]
     lines = [*_header(costs, sizes, options, price), ""]
     plans = []
@@ -64,7 +66,7 @@ def plan_command(options: argparse.Namespace) -> str:
 def sized(
     costs: Costs, traffic: Traffic, limits: Limits, rate: float, busy: float, latency: float | None, price: Price
 ) -> tuple[Plan, Simulated]:
-    """The plan, with as many more replicas as the 95th percentile of latency needs to meet a goal.
+    """The plan, with as many more replicas, to a tenth, as the 95th percentile of latency needs to meet a goal.
 
     Raises ConfigError where no number of replicas meets it.
     """
@@ -74,13 +76,20 @@ def sized(
         return found, simulated
     if found.alone_s > latency:
         raise ConfigError(f"latency: {traffic.mode} takes {found.alone_s:.2f} s for a request that meets nobody")
+    few = enough = found.replicas
     while percentile(simulated.latencies, 0.95) > latency:
-        replicas = math.ceil(found.replicas * 1.1)
-        if rate / replicas * found.alone_s < 0.01:
+        if rate / enough * found.alone_s < MEETS_NOBODY:
             raise ConfigError(f"latency: no number of replicas has its 95th percentile at {latency:g} s")
-        found = at_replicas(found, replicas)
-        simulated = _simulate(costs, traffic, limits, rate, replicas)
-    return found, simulated
+        few, enough = enough, 2 * enough
+        simulated = _simulate(costs, traffic, limits, rate, enough)
+    while enough > max(few + 1, 1.1 * few):
+        middle = round(math.sqrt(few * enough))
+        tried = _simulate(costs, traffic, limits, rate, middle)
+        if percentile(tried.latencies, 0.95) > latency:
+            few = middle
+        else:
+            enough, simulated = middle, tried
+    return at_replicas(found, enough), simulated
 
 
 def at_replicas(found: Plan, replicas: int) -> Plan:
@@ -95,9 +104,18 @@ def at_replicas(found: Plan, replicas: int) -> Plan:
 
 
 def _simulate(costs: Costs, traffic: Traffic, limits: Limits, rate: float, replicas: int) -> Simulated:
-    simulated = min(replicas, MOST_REPLICAS)
-    seconds = ARRIVALS / (rate / replicas) / simulated
-    return simulate_open(costs, traffic, limits, rate, replicas, seconds, most=MOST_REPLICAS)
+    counted = ARRIVALS / min(replicas, MOST_REPLICAS)
+    gap = replicas / rate  # seconds between two arrivals at one replica
+    return simulate_open(
+        costs,
+        traffic,
+        limits,
+        rate,
+        replicas,
+        (WARM_UP + counted) * gap,
+        most=MOST_REPLICAS,
+        warm_up_s=WARM_UP * gap,
+    )
 
 
 def check_command(options: argparse.Namespace) -> tuple[str, bool]:
@@ -162,6 +180,19 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
+def _price(options: argparse.Namespace, costs: Costs) -> Price:
+    """Of a replica's machine. Raises ConfigError for one whose device nothing was measured on."""
+    if options.price:
+        return Price("as given", options.price, "--price", costs.device)
+    price = PRICES[options.instance]
+    if price.device != costs.device:
+        raise ConfigError(
+            f"instance: {options.instance} computes on {price.device}, of which costs measured on {costs.device} say "
+            "nothing: give --measured of a run on it, or the measured machine's --instance or --price"
+        )
+    return price
+
+
 def _header(costs: Costs, sizes: Sizes, options: argparse.Namespace, price: Price) -> list[str]:
     return [
         f"measured: {costs.source}: {costs.machine}; {costs.model}",
@@ -186,4 +217,5 @@ def _show_plan(found: Plan, rate: float, price: Price) -> list[str]:
 def _show_simulated(simulated: Simulated) -> list[str]:
     latency = ", ".join(f"p{round(100 * p)} {percentile(simulated.latencies, p):.2f}" for p in (0.5, 0.95, 0.99))
     first = ", ".join(f"p{round(100 * p)} {percentile(simulated.first_tokens, p):.2f}" for p in (0.5, 0.95))
-    return [f"  simulated, {len(simulated.latencies):,} requests: latency {latency} s; first token {first} s"]
+    counted = f"{len(simulated.latencies):,} requests after {simulated.warm_up:,} to warm up"
+    return [f"  simulated, {counted}: latency {latency} s; first token {first} s"]

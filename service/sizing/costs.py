@@ -24,7 +24,7 @@ class Sizes:
 class Costs:
     """Seconds of one replica, and its memory.
 
-    source, machine, model   what was measured where
+    source, machine, device, model   what was measured where
     prepare     a token of the passages, tokenised and chunked
     compress    one batch; a position of its rows
     prefill     a prompt token; its square
@@ -37,6 +37,7 @@ class Costs:
 
     source: str
     machine: str
+    device: str
     model: str
     prepare: float
     compress: tuple[float, float]

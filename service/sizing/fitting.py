@@ -73,7 +73,10 @@ def fit(result: Mapping[str, Any], source: str) -> Costs:
     runs = measurements(result)
     if {run.mode for run in runs} < {"text", "compressed"}:
         raise ConfigError("measured: the benchmark's JSON needs runs of text and of compressed")
-    sized = _unfitted(result, runs, source)
+    try:
+        sized = _unfitted(result, runs, source)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"measured: the benchmark's JSON lacks {error}") from None
 
     def fitted(stage: str, columns: Callable[[Measured], list[float]]) -> list[float]:
         having = [run for run in runs if stage in run.stages]
@@ -111,6 +114,7 @@ def _unfitted(result: Mapping[str, Any], runs: Sequence[Measured], source: str) 
     return Costs(
         source=source,
         machine=", ".join(f"{name} {machine[name]}" for name in ("processor", "cores", "threads", "device")),
+        device=str(machine["device"]),
         model=f"{model['checkpoint']}, {model['generator']}, {model['dtype']}",
         prepare=0.0,
         compress=(0.0, 0.0),

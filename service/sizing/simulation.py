@@ -62,18 +62,21 @@ class Request:
 
 @dataclass(slots=True)
 class Simulated:
-    """What happened: seconds of each finished request, and how the replicas spent their time."""
+    """What happened: seconds of each finished request, but for those of the warm-up, and how replicas spent their time.
+
+    warm_up  finished requests of the warm-up
+    """
 
     latencies: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
     seconds: float = 0.0
     busy: float = 0.0
-    unfinished: int = 0
+    warm_up: int = 0
 
     @property
     def answers_per_s(self) -> float:
         """Of all that was simulated."""
-        return len(self.latencies) / self.seconds if self.seconds else 0.0
+        return (len(self.latencies) + self.warm_up) / self.seconds if self.seconds else 0.0
 
 
 class Replica:
@@ -151,16 +154,19 @@ def simulate_open(
     seconds: float,
     seed: int = 0,
     most: int = 64,
+    warm_up_s: float = 0.0,
 ) -> Simulated:
     """Poisson arrivals, `rate` a second over all `replicas`, for so many seconds; then what is there is finished.
 
-    Replicas that get their arrivals at random are alike and independent, so at most `most` of them are simulated.
+    Replicas that get their arrivals at random are alike and independent, so at most `most` of them are simulated. They
+    begin empty, which flatters those who come first: arrivals before `warm_up_s` are among no latencies.
     """
     total = Simulated()
     for number in range(min(replicas, most)):
         source = random.Random(f"{seed}/{number}")
         arrivals = _arrivals(source, rate / replicas, seconds)
-        _run(Replica(costs, traffic, limits), costs.prepare_s(traffic.sizes), arrivals, limits.wait_s, 0, total)
+        replica = Replica(costs, traffic, limits)
+        _run(replica, costs.prepare_s(traffic.sizes), arrivals, limits.wait_s, 0, total, warm_up_s)
     return total
 
 
@@ -187,7 +193,13 @@ def _arrivals(source: random.Random, rate: float, seconds: float) -> Iterator[Re
 
 
 def _run(
-    replica: Replica, prepare_s: float, arrivals: Iterator[Request], wait_s: float, more: int, total: Simulated
+    replica: Replica,
+    prepare_s: float,
+    arrivals: Iterator[Request],
+    wait_s: float,
+    more: int,
+    total: Simulated,
+    warm_up_s: float = 0.0,
 ) -> None:
     """Run one replica until nothing is left; adds to `total`. `more` requests follow answers, by the same clients."""
     number = 0
@@ -214,8 +226,11 @@ def _run(
         end, done = replica.turn(now)
         busy, now = busy + end - now, end
         for request in done:
-            total.latencies.append(now - request.arrival)
-            total.first_tokens.append(request.first_token - request.arrival)
+            if request.arrival < warm_up_s:
+                total.warm_up += 1
+            else:
+                total.latencies.append(now - request.arrival)
+                total.first_tokens.append(request.first_token - request.arrival)
             if request.client is not None and more:
                 more -= 1
                 push(Request(now, request.client))

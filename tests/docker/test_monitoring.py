@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import Metric
 
 from service.app import create_app
 from service.metrics import Metrics
@@ -35,9 +36,13 @@ def metric_labels() -> dict[str, set[str]]:
     for family in metrics.registry.collect():
         # prometheus_client shows a metric's label names nowhere before it has samples.
         labels = next((m._labelnames for m in vars(metrics).values() if getattr(m, "_name", "") == family.name), ())
-        for suffix in SUFFIXES[family.type]:
-            found[family.name + suffix] = set(labels)
+        found |= {name: set(labels) for name in names_of(family)}
     return found
+
+
+def names_of(family: Metric) -> list[str]:
+    """The names of a family's series."""
+    return [family.name + suffix for suffix in SUFFIXES[family.type]]
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -76,9 +81,19 @@ def test_requests_are_counted_on_every_route_that_answers() -> None:
         assert {path for path in paths if re.fullmatch(value, path)} == answering
 
 
+def test_no_metric_is_left_out() -> None:
+    """What nobody looks at is no help: each is on the dashboard or in an alert, whole histograms counted as one."""
+    asked = {name for _, expression in ASKED for name in NAMES.findall(expression)}
+    known = {name: family for family in Metrics().registry.collect() for name in names_of(family)}
+    seen = {known[name].name for name in asked if name in known}
+    assert {family.name for family in known.values() if family.name.startswith("scaledown_")} - seen == set()
+
+
 def test_alerts_say_what_to_do() -> None:
+    document = (ROOT / "docs" / "operate.md").read_text()
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:
+        assert f"\n| `{rule['alert']}` |" in document
         assert rule["labels"]["severity"] in {"warning", "critical"}
         assert set(rule["annotations"]) == {"summary", "action"}
 
@@ -108,11 +123,14 @@ def test_the_files_fit_each_other() -> None:
     [datasource] = yaml.safe_load((MONITORING / "grafana" / "datasource.yml").read_text())["datasources"]
     assert {panel["datasource"]["uid"] for panel in PANELS} == {datasource["uid"]}
     assert datasource["url"] == "http://prometheus:9090"
-    [job] = PROMETHEUS["scrape_configs"]
+    job, vllm = PROMETHEUS["scrape_configs"]
     assert job["job_name"] == "scaledown"  # what `up` and the alerts look for
-    for service in ("service-cpu", "service-gpu"):
+    for service in ("service-cpu", "service-gpu", "service-vllm", "service-neuron"):
         aliases = COMPOSE["services"][service]["networks"]["default"]["aliases"]
         assert job["dns_sd_configs"][0]["names"] == aliases
+    [found] = vllm["dns_sd_configs"]
+    [name] = found["names"]
+    assert f"--port={found['port']}" in COMPOSE["services"][name]["command"]
     [provider] = yaml.safe_load((MONITORING / "grafana" / "dashboards.yml").read_text())["providers"]
     mounts = [volume.split(":")[1] for volume in COMPOSE["services"]["grafana"]["volumes"]]
     assert f"{provider['options']['path']}/scaledown.json" in mounts

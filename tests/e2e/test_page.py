@@ -95,7 +95,7 @@ def test_hybrid_says_which_passage_was_shown_as_text(page: Page, server: httpx.C
         assert state.endswith(
             "it is among the most relevant." if passage["mode"] == "hybrid" else "the mode asks for it."
         )
-    assert page["plan"].text.startswith("4 compressed at 16 : 1, 1 as both. The mode decided.")
+    assert page["plan"].text.startswith("4 compressed (rate 16), 1 as both. The mode decided.")
     (item,) = page.all("#passage-list > .hybrid")
     assert item.find_elements(By.CSS_SELECTOR, "mark, details")
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_the_budget_is_seen_to_be_dropped(page: Page, server: 
         else:
             assert state == f"Compressed ({passage['tokens']} tokens) because the mode asks for it."
         assert item.find_element(By.CLASS_NAME, "passage-text").text == sent["text"]
-    assert "4 compressed at 16 : 1, 1 dropped." in page["plan"].text
+    assert "4 compressed (rate 16), 1 dropped." in page["plan"].text
     assert f"{expected['usage']['prompt_tokens']:,} of " in page["facts"].text
     assert not page.severe()
 

@@ -32,6 +32,19 @@ BODY: dict[str, Any] = {
 }
 
 
+# The service, which gets SIGHUP before it has loaded its model.
+HUNG_UP = """
+import os, signal, sys
+from service import __main__ as command
+serve = command.serve
+def serve_after_signal(*values):
+    os.kill(os.getpid(), signal.SIGHUP)
+    serve(*values)
+command.serve = serve_after_signal
+sys.exit(command.main([]))
+"""
+
+
 @pytest.fixture(scope="module")
 def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -129,6 +142,13 @@ def test_sigterm_ends_what_cannot_finish_with_a_clear_error(root: Path) -> None:
         assert process.wait(timeout=30) == 0
     # A fast machine may have finished the answer within the limit.
     assert re.search(r'event: (error\ndata: .*"code": "stopping"|done)', text)
+
+
+def test_a_terminal_that_closes_during_the_start_ends_nothing(root: Path) -> None:
+    with running(root / "first", command=("-c", HUNG_UP)) as (process, client, _):
+        assert client.get("/readyz").json()["checkpoint"] == version_of(root / "first")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_the_demo_shows_all_modes_and_stops(

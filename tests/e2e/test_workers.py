@@ -24,6 +24,19 @@ from tests.e2e.test_process import BODY, running
 KEY = "admin-0123456789abcdef"
 QUESTION = {**BODY, "max_new_tokens": 4}
 SECONDS = 180  # a busy machine takes a minute to import torch twice
+# The service on a machine that has no room for a third process when it is first asked for one.
+CROWDED = """
+import asyncio, sys
+start, asked = asyncio.create_subprocess_exec, []
+async def start_unless_third(*values, **options):
+    asked.append(values)
+    if len(asked) == 3:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return await start(*values, **options)
+asyncio.create_subprocess_exec = start_unless_third
+from service.__main__ import main
+sys.exit(main([]))
+"""
 
 
 class Service:
@@ -91,7 +104,7 @@ def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(root: Path) -> Iterator[Service]:
     """Two workers on the link `current`. The tests of this module follow each other on it."""
-    with running(root / "current", workers="2", admin_key=KEY) as (process, client, log):
+    with running(root / "current", command=("-c", CROWDED), workers="2", admin_key=KEY) as (process, client, log):
         service = Service(process, client, log)
         wait_for(lambda: service.lines("a worker serves") == 2)
         yield service
@@ -170,7 +183,8 @@ def test_a_killed_worker_comes_back_on_the_active_version(service: Service, root
     wait_for(lambda: service.lines("a worker serves") == 3)
     assert len(service.workers()) == 2
     assert service.versions() == {version_of(root / "second")}
-    assert service.metric("scaledown_worker_exits_total") == 1
+    assert service.lines("a worker cannot be started") == 1  # and is tried again
+    assert service.metric("scaledown_worker_exits_total") == 2
     # What the dead one has counted is not lost.
     assert service.metric('scaledown_requests_total{route="/answer",status="200"}') == served + 1
     # The new worker has never had the version that is rolled back to: it loads it, and all change together.

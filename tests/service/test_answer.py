@@ -149,6 +149,12 @@ def test_a_prompt_that_cannot_fit_is_refused(client: httpx.Client) -> None:
     assert error(response)["limit"] == 8192
 
 
+def test_a_passage_may_be_one_token(client: httpx.Client) -> None:
+    response = client.post("/rerank", json={"query": "What is the capital of France?", "passages": ["Paris"]})
+    assert response.status_code == 200, response.text
+    assert [result["index"] for result in response.json()["results"]] == [0]
+
+
 def test_rerank_is_sorted_and_cut(client: httpx.Client) -> None:
     body = {"query": QUERY, "passages": PASSAGES}
     results = client.post("/rerank", json=body).json()["results"]

@@ -12,7 +12,9 @@ def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     for text in ("--checkpoint", "--max-passages", "SCALEDOWN_API_KEYS", "SIGTERM", "curl"):
         assert text in shown
-    assert "--admin-key" not in shown  # a flag would show it to every user of the machine
+    for secret in ("api-keys", "admin-key", "generator-key", "document-cache-redis"):
+        assert f"--{secret}" not in shown.split()  # a flag would show it to every user of the machine
+        assert f"SCALEDOWN_{secret.replace('-', '_').upper()}" in shown
 
 
 @pytest.mark.parametrize(

@@ -219,5 +219,5 @@ def test_what_is_no_redis_is_refused() -> None:
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "redis", None)
-    with pytest.raises(ConfigError, match=r"scaledown\[redis\]"):
+    with pytest.raises(ConfigError, match=r"'\.\[redis\]'"):
         RedisStore("redis://127.0.0.1")

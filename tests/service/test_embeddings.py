@@ -1,6 +1,7 @@
 """Memory embeddings leave the service and come back: bit for bit in float32, bounded, checked."""
 
 import contextlib
+import hashlib
 import itertools
 from typing import Any
 
@@ -131,6 +132,7 @@ def test_embeddings_without_text_stay_compressed(client: httpx.Client) -> None:
         ({"score": "high"}, "score"),
         ({"tokens": 0}, "tokens"),
         ({"pickle": "x"}, "pickle"),
+        ({"query_sha256": "abc"}, "query_sha256"),
     ],
     ids=str,
 )
@@ -142,6 +144,22 @@ def test_wrong_embeddings_are_refused(client: httpx.Client, change: dict[str, An
     assert error(response)["field"] == expected
 
 
+def test_embeddings_answer_no_other_query(client: httpx.Client) -> None:
+    made = compress(client, store=True)["passages"][0]
+    assert made["embeddings"]["query_sha256"] == hashlib.sha256(QUERY.encode()).hexdigest()
+    body = {"query": "What is bread made of?", "max_new_tokens": 2}
+    for passage, field in (
+        ({"embeddings": made["embeddings"]}, "passages.1.embeddings.query_sha256"),
+        ({"embedding_id": made["embedding_id"]}, "passages.1.embedding_id"),
+    ):
+        response = client.post("/answer", json={**body, "passages": ["Bread.", passage]})
+        assert response.status_code == 422
+        assert error(response)["field"] == field
+        assert error(response)["message"].endswith("for another query: compress the passage again for this one")
+    unsaid = {name: value for name, value in made["embeddings"].items() if name != "query_sha256"}
+    assert client.post("/answer", json={**body, "passages": [{"embeddings": unsaid}]}).status_code == 200
+
+
 def test_numbers_that_are_not_finite_are_refused(client: httpx.Client) -> None:
     embeddings = compress(client)["passages"][1]["embeddings"]
     memory = torch.full(embeddings["shape"], float("nan"))
@@ -151,7 +169,7 @@ def test_numbers_that_are_not_finite_are_refused(client: httpx.Client) -> None:
 
 
 def entry(rows: int) -> StoredPassage:
-    return StoredPassage(torch.zeros(rows, 1024), 0.0, 1, "", "", "v")
+    return StoredPassage(torch.zeros(rows, 1024), 0.0, 1, "", "", "v", None)
 
 
 def test_the_store_forgets_what_was_used_longest_ago() -> None:

@@ -17,7 +17,7 @@ from core.passages import Passage
 from core.pipeline import CompressedChunk, PreparedRequest, gather, prepare
 from core.readouts import PointerReadout
 from service.evidence import passages_evidence
-from service.schemas import EvidenceSpan
+from service.response_schemas import EvidenceSpan
 from tests.service.calls import PASSAGES, QUERY, answer, events
 from tests.service.conftest import Serve
 

@@ -7,7 +7,12 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
+from service.dialects.openai_schemas import ChatRequest, CompletionRequest
+from service.dialects.rerank_schemas import CohereRequest, JinaRequest
+from service.dialects.tei import TeiRequest
+from service.schemas import AnswerRequest, RerankRequest
 from tests.service.calls import PASSAGES, QUERY, answer, error
 from tests.service.conftest import Serve
 
@@ -114,6 +119,55 @@ def test_a_large_body_that_is_no_json_is_refused_at_once(client: httpx.Client, p
     response = client.post("/answer", content=raw, headers=JSON)
     assert response.status_code in (413, 422)
     error(response)
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '"a"', '"a\\"b"'])
+def test_absurdly_many_parts_are_refused_before_they_are_read(client: httpx.Client, part: str) -> None:
+    raw = '{"query": "a", "passages": [' + ",".join([part] * 100_000) + "]}"
+    response = client.post("/answer", content=raw, headers=JSON)
+    assert response.status_code == 413
+    assert (error(response)["field"], error(response)["limit"]) == ("body", 100_000)
+
+
+def test_brackets_and_quotes_in_a_text_are_no_parts(client: httpx.Client) -> None:
+    passage = "[{" * 60_000 + '"]' * 110_000 + "\\"
+    response = client.post("/rerank", json={"query": "a", "passages": ["b", passage]})
+    assert error(response)["message"].startswith("passages: ")  # too many tokens, which is known only once it was read
+
+
+MANY: list[Any] = [1] * 60_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (AnswerRequest, {f"unknown{i}": 1 for i in range(60_000)}),
+        (AnswerRequest, {"passages": [{"text": "a"} | {f"unknown{i}": 1 for i in range(60_000)}]}),
+        (AnswerRequest, {"stop": MANY}),
+        (RerankRequest, {"passages": MANY}),
+        (ChatRequest, {"stop": MANY}),
+        (ChatRequest, {"modalities": MANY}),
+        (ChatRequest, {"documents": MANY}),
+        (ChatRequest, {"messages": MANY}),
+        (ChatRequest, {"logit_bias": {str(i): [] for i in range(60_000)}}),
+        (CompletionRequest, {"prompt": MANY}),
+        (JinaRequest, {"documents": MANY}),
+        (JinaRequest, {"rank_fields": MANY}),
+        (CohereRequest, {"documents": MANY}),
+        (TeiRequest, {"texts": MANY}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
+)
+def test_many_mistakes_are_not_all_collected(kind: type[BaseModel], values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(values)
+    required = sum(field.is_required() for field in kind.model_fields.values())
+    assert caught.value.error_count() <= required + 1  # an error takes memory and time, and only one is told
+
+
+def test_of_many_unknown_fields_the_first_is_named(client: httpx.Client) -> None:
+    body = {"passages": ["b"]} | {f"unknown{i}": 1 for i in range(100)} | {"query": "a"}
+    assert error(client.post("/answer", json=body))["field"] == "unknown0"
 
 
 def test_infinite_numbers_are_refused(client: httpx.Client) -> None:

@@ -62,7 +62,10 @@ def test_head_is_answered_wherever_get_is(client: httpx.Client) -> None:
         got, head = client.get(path), client.head(path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-type"] == got.headers["content-type"]
-    assert client.head("/answer").status_code == 405
+    for path in ("/answer", "/v1/rerank", "/v2/rerank", "/v1/chat/completions"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (405, b"")
+        assert head.headers["content-length"] == got.headers["content-length"]
     assert client.head("/nothing").status_code == 404
 
 

@@ -1,12 +1,14 @@
 """What `/metrics` says: every family that was promised, true to what was served, and summed over processes."""
 
 import re
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.service.calls import PASSAGES, QUERY, answer
 from tests.service.conftest import Serve
@@ -84,6 +86,37 @@ def test_errors_are_counted_by_code(serve: Serve) -> None:
         client.post("/rerank", json={"query": QUERY})
         assert value(client, 'scaledown_errors_total{code="deadline"}') == 1
         assert value(client, 'scaledown_errors_total{code="invalid_input"}') == 1
+
+
+def test_what_never_reaches_a_route_is_counted_once(serve: Serve) -> None:
+    with serve(api_keys="alpha-0123456789abcdef", max_body_bytes=1000) as client:
+        key = {"X-API-Key": "alpha-0123456789abcdef"}
+        client.post("/v1/rerank", json={})
+        client.post("/rerank", json={}, headers={"X-API-Key": "another-key-0123456789"})
+        client.post("/rerank", json={"query": "x" * 2000}, headers=key)
+        client.post("/rerank", content=b"x", headers={**key, "Content-Type": "text/plain"})
+        client.get("/admin/checkpoints")
+        client.get("/nothing", headers=key)
+        client.get("/rerank", headers=key)
+        codes = {"unauthorized": 1, "forbidden": 1, "too_large": 1, "unsupported_media_type": 1}
+        codes |= {"not_found": 2, "method_not_allowed": 1}
+        found = re.findall(r'^scaledown_errors_total{code="(\w+)"} (\S+)$', client.get("/metrics").text, re.MULTILINE)
+        assert {code: float(count) for code, count in found} == codes
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole body", "half a body"])
+def test_a_client_that_leaves_is_no_failure_of_the_service(serve: Serve, whole: bool) -> None:
+    with serve() as client:
+        request = client.build_request("POST", "/answer", json=LONG)
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        with socket.create_connection((request.url.host, request.url.port or 80)) as connection:
+            body = request.read()
+            connection.sendall(f"POST /answer HTTP/1.1\r\n{head}\r\n".encode() + body[: None if whole else -1])
+            if whole:
+                wait_for(lambda: value(client, "scaledown_requests_in_flight") == 1)
+        wait_for(lambda: value(client, 'scaledown_requests_total{route="/answer",status="499"}') == 1)
+        assert value(client, 'scaledown_errors_total{code="client_left"}') == 1
+        assert 'status="503"' not in client.get("/metrics").text
 
 
 WORKERS = """

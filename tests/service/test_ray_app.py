@@ -3,28 +3,37 @@
 pip install '.[ray]' && pytest -m long tests/service/test_ray_app.py
 """
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from core.answer import answer as lone_answer
-from core.checkpoint import load_checkpoint
-from core.config import Mode
-from core.passages import Passage
-from core.sampling import GenerationOptions
+from service.versions import version_of
 from tests.service.calls import PASSAGES, error, events
+from tests.service.ray_cluster import (
+    ADMIN,
+    NEW_TOKENS,
+    QUERIES,
+    START_SECONDS,
+    Load,
+    Lone,
+    ask,
+    change,
+    check,
+    deploy,
+    processes,
+    wait_until,
+)
+from tests.service.vllm_double import VllmDouble
 from tests.tiny_checkpoints import edit_tensors, sign
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -32,29 +41,6 @@ serve = pytest.importorskip("ray.serve", reason="the extra `ray` is not installe
 
 # Ray's own modules warn of each other.
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("default")]
-
-KEY = "admin-0123456789abcdef"
-ADMIN = {"Authorization": f"Bearer {KEY}"}
-START_SECONDS = 1200  # on a machine that is busy with other work
-MODES: tuple[Mode, ...] = ("compressed", "hybrid", "text")
-QUERIES = tuple(f"{question} ({number})" for number in range(8) for question in ("Who found it?", "What is bread?"))
-NEW_TOKENS = 24
-
-
-class Lone:
-    """What one process answers, by checkpoint version."""
-
-    def __init__(self, root: Path) -> None:
-        self.models = {model.name: model for model in (load_checkpoint(root / name) for name in ("first", "second"))}
-        self._known: dict[tuple[str, str, Mode], str] = {}
-
-    def answer(self, version: str, query: str, mode: Mode) -> str:
-        key = (version, query, mode)
-        if key not in self._known:
-            passages = [Passage(each) if isinstance(each, str) else Passage(**each) for each in PASSAGES]
-            options = GenerationOptions(max_new_tokens=NEW_TOKENS)
-            self._known[key] = lone_answer(self.models[version], query, passages, mode, options=options).text
-        return self._known[key]
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +80,6 @@ def cluster() -> Iterator[str]:
         ray.shutdown()
 
 
-def deploy(folder: Path, **values: object) -> None:
-    from service.ray_app import build_app
-
-    costs = {"compressor_token_us": 10, "prefill_token_us": 100}  # not to be measured by every process
-    shown = {"checkpoint": folder / "first", "admin_key": KEY, "dtype": "float32", "threads": 1, **costs, **values}
-    serve.run(build_app({name: str(value) for name, value in shown.items()}))
-
-
 @pytest.fixture(scope="module")
 def client(cluster: str, folder: Path) -> Iterator[httpx.Client]:
     """Two compressors and two generators."""
@@ -112,94 +90,16 @@ def client(cluster: str, folder: Path) -> Iterator[httpx.Client]:
         yield client
 
 
-def wait_until(true: Any, seconds: float = START_SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
-def processes(deployment: str) -> list[int]:
-    """The replicas of a deployment that are up, by the name that Ray gives a process once it has started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"ray::ServeReplica:default:" + deployment.encode()):
-                found.append(int(path.parent.name))
-    return sorted(found)
-
-
-def ask(client: httpx.Client, number: int, **headers: str) -> tuple[str, Mode, httpx.Response]:
-    query, mode = QUERIES[number % len(QUERIES)], MODES[number % len(MODES)]
-    body = {"query": query, "passages": PASSAGES, "mode": mode, "max_new_tokens": NEW_TOKENS}
-    return query, mode, client.post("/answer", json=body, headers=headers)
-
-
-class Load:
-    """Requests without a pause from several threads, until the block ends."""
-
-    def __init__(self, client: httpx.Client, callers: int = 12) -> None:
-        self.done: list[tuple[str, Mode, httpx.Response]] = []
-        self._client = client
-        self._ended = threading.Event()
-        self._pool = ThreadPoolExecutor(callers)
-        self._callers = callers
-        self._futures: list[Future[None]] = []
-
-    def __enter__(self) -> "Load":
-        self._futures = [self._pool.submit(self._call, number) for number in range(self._callers)]
-        self.wait(self._callers)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._pool.shutdown()
-        for future in self._futures:
-            future.result()
-
-    def wait(self, more: int) -> None:
-        """Let so many requests more be answered."""
-        goal = len(self.done) + more
-        wait_until(lambda: len(self.done) >= goal)
-
-    def _call(self, number: int) -> None:
-        while not self._ended.is_set():
-            self.done.append(ask(self._client, number))
-            number += self._callers
-
-
-def check(done: list[tuple[str, Mode, httpx.Response]], lone: Lone) -> set[str]:
-    """Every answer is the lone answer of the version it names; returns those versions."""
-    versions = set()
-    for query, mode, response in done:
-        assert response.status_code == 200, response.text
-        body = response.json()
-        assert body["answer"] == lone.answer(body["checkpoint"], query, mode)
-        versions.add(body["checkpoint"])
-    return versions
-
-
-def version(folder: Path, name: str) -> str:
-    from service.versions import version_of
-
-    return version_of(folder / name)
-
-
-def change(client: httpx.Client, action: str, name: str | None = None) -> httpx.Response:
-    body = {"action": action} | ({"name": name} if name else {})
-    return client.post("/admin/checkpoints", json=body, headers=ADMIN)
-
-
 def test_each_kind_of_replica_is_a_process_of_its_own(client: httpx.Client) -> None:
     assert [len(processes(name)) for name in ("Ingress", "Compressor", "Generator")] == [1, 2, 2]
 
 
 def test_answers_are_those_of_one_process(client: httpx.Client, lone: Lone, folder: Path) -> None:
-    assert check([ask(client, number) for number in range(6)], lone) == {version(folder, "first")}
+    assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "first")}
     body = {"query": QUERIES[0], "passages": PASSAGES, "max_new_tokens": NEW_TOKENS, "stream": True}
     streamed = events(client.post("/answer", json=body).text)
     assert (streamed[0][0], streamed[-1][0]) == ("passages", "done")
-    whole = lone.answer(version(folder, "first"), QUERIES[0], "compressed")
+    whole = lone.answer(version_of(folder / "first"), QUERIES[0], "compressed")
     assert "".join(content["text"] for name, content in streamed if name == "token") == whole
     assert streamed[-1][1]["answer"] == whole
     assert streamed[-1][1]["timings_ms"]["first_token"] > 0
@@ -277,11 +177,11 @@ def test_a_broken_checkpoint_changes_nothing(client: httpx.Client, lone: Lone, f
         load.wait(12)
     assert (refused.status_code, error(refused)["code"]) == (409, "checkpoint")
     assert client.get("/admin/checkpoints", headers=ADMIN).json() == before
-    assert check(load.done, lone) == {version(folder, "first")}
+    assert check(load.done, lone) == {version_of(folder / "first")}
 
 
 def test_a_swap_under_load_fails_no_request(client: httpx.Client, lone: Lone, folder: Path) -> None:
-    first, second = version(folder, "first"), version(folder, "second")
+    first, second = version_of(folder / "first"), version_of(folder / "second")
     with Load(client) as load:
         changed = change(client, "activate", "second").json()
         assert (changed["active"], changed["kept"]) == (second, [first])
@@ -292,7 +192,7 @@ def test_a_swap_under_load_fails_no_request(client: httpx.Client, lone: Lone, fo
 
 
 def test_a_request_may_name_a_version_that_is_in_memory(client: httpx.Client, lone: Lone, folder: Path) -> None:
-    first, second = version(folder, "first"), version(folder, "second")
+    first, second = version_of(folder / "first"), version_of(folder / "second")
     with Load(client) as load:
         named = [ask(client, number, **{"X-Checkpoint": first}) for number in range(6)]
     assert check(named, lone) == {first}
@@ -307,9 +207,9 @@ def test_a_replica_that_starts_after_a_swap_serves_what_the_others_serve(
             os.kill(pid, signal.SIGKILL)  # all that knew of the swap
     wait_until(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [2, 2])
     wait_until(lambda: client.get("/readyz").status_code == 200)
-    assert check([ask(client, number) for number in range(6)], lone) == {version(folder, "second")}
-    assert change(client, "rollback").json()["active"] == version(folder, "first")
-    assert check([ask(client, number) for number in range(6)], lone) == {version(folder, "first")}
+    assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "second")}
+    assert change(client, "rollback").json()["active"] == version_of(folder / "first")
+    assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "first")}
 
 
 def test_each_kind_is_scaled_by_its_own_queue(client: httpx.Client, lone: Lone, folder: Path) -> None:
@@ -323,3 +223,14 @@ def test_each_kind_is_scaled_by_its_own_queue(client: httpx.Client, lone: Lone, 
         load.wait(12)
     assert len(processes("Compressor")) == 1
     check(load.done, lone)
+
+
+def test_answers_by_vllm(cluster: str, lone: Lone, folder: Path) -> None:
+    """A double of vLLM in this process; tests/service/test_ray_vllm.py has the rest, without a cluster."""
+    serve.delete("default")
+    with VllmDouble(next(iter(lone.models.values())).generator).running() as vllm:
+        deploy(folder, generator_url=vllm.url)
+        with httpx.Client(base_url=cluster, timeout=600, trust_env=False) as client:
+            wait_until(lambda: client.get("/readyz").status_code == 200)
+            assert [len(processes(name)) for name in ("Compressor", "Generator")] == [1, 0]
+            assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "first")}

@@ -22,10 +22,10 @@ from tests.service.conftest import make_settings
 class Fleet:
     """Replicas as they are in as many worker processes, and what decides for them."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, **values: object) -> None:
         self.checkpoint = checkpoint
         self.results: list[str] = []
-        self.control = Checkpoints(make_settings(checkpoint=checkpoint), self.results.append)
+        self.control = Checkpoints(make_settings(checkpoint=checkpoint, **values), self.results.append)
         self.engines: list[Engine] = []
 
     async def load(self, **values: object) -> tuple[Versions, Checkpoint]:
@@ -45,8 +45,8 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def fleet(checkpoint: Path) -> AsyncIterator[Fleet]:
-    made = Fleet(checkpoint)
+async def fleet(checkpoint: Path, **values: object) -> AsyncIterator[Fleet]:
+    made = Fleet(checkpoint, **values)
     try:
         yield made
     finally:
@@ -144,6 +144,40 @@ def test_one_whose_process_is_gone_stops_a_change_before_any_switch(folder: Path
             assert replicas.active() == [version_of(folder / "first")]
 
     asyncio.run(scenario())
+
+
+def point(link: Path, target: Path) -> None:
+    """Have the link lead elsewhere, in one step."""
+    link.with_name("next").symlink_to(target)
+    link.with_name("next").rename(link)
+
+
+def test_the_watcher_follows_a_link_that_moves_and_nothing_else(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    link, first, second = folder / "current", folder / "first", folder / "second"
+    point(link, first)
+
+    async def scenario() -> None:
+        async with fleet(link, watch_seconds=0.01) as made:
+            await made.start()
+            watching = asyncio.create_task(made.control.watch())
+            await made.control.activate("second")
+            await asyncio.sleep(0.1)
+            assert made.active() == [version_of(second)]  # what an administrator chose stays: the link did not move
+            loading = asyncio.create_task(made.control.activate("first"))
+            await asyncio.sleep(0)
+            point(link, second)  # during another change
+            await made.control.follow_link()
+            await loading
+            assert made.active() == [version_of(first)]
+            async with asyncio.timeout(20):
+                while made.active() != [version_of(second)]:
+                    await asyncio.sleep(0.01)
+            watching.cancel()
+
+    asyncio.run(scenario())
+    assert [record.message for record in caplog.records if "link" in record.message] == [
+        "the link is not followed: a checkpoint is being loaded; ask again when it is done"
+    ]
 
 
 def test_calls_cross_a_channel_in_both_directions() -> None:

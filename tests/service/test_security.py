@@ -62,6 +62,25 @@ def test_admin_is_absent_without_its_key_and_closed_to_others(serve: Serve) -> N
         assert client.post("/rerank", json=BODY, headers=bearer(ADMIN)).status_code == 403
 
 
+def test_keys_are_asked_for_under_a_root_path_too(serve: Serve) -> None:
+    with serve(api_keys=KEY) as client:
+        client.app.root_path = "/rag"  # type: ignore[attr-defined]  # as a proxy that serves the application below it
+        assert client.get("/rag/admin/checkpoints", headers=bearer(KEY)).status_code == 404
+    with serve(api_keys=KEY, admin_key=ADMIN) as client:
+        client.app.root_path = "/rag"  # type: ignore[attr-defined]
+        for path in ("/livez", "/readyz", "/metrics", "/openapi.json", "/", "/page/page.js"):
+            assert client.get(f"/rag{path}").status_code == 200
+        for path in ("/rag/admin/checkpoints", "/admin/checkpoints", "/rag/admin", "/rag/admin/x"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers=bearer(KEY)).status_code == 403
+        assert client.get("/rag/admin/checkpoints", headers=bearer(ADMIN)).status_code == 200
+        assert client.post("/rag/rerank", json=BODY).status_code == 401
+        assert client.post("/rag/rerank", json=BODY, headers=bearer(KEY)).status_code == 200
+        refused = client.post("/rag/v2/rerank", json={}, headers=bearer(KEY))
+        assert (refused.status_code, set(refused.json())) == (400, {"message"})
+        assert 'scaledown_requests_total{route="/rerank",status="200"} 1.0' in client.get("/rag/metrics").text
+
+
 def test_headers(client: httpx.Client) -> None:
     response = client.get("/livez", headers={"X-Request-Id": "abc-1.2_3", "Origin": "https://elsewhere.example"})
     assert response.headers["x-request-id"] == "abc-1.2_3"
@@ -120,7 +139,10 @@ def test_a_head_that_trickles_in_is_given_up(serve: Serve, monkeypatch: pytest.M
 def test_bodies_in_memory_have_a_common_limit(serve: Serve) -> None:
     with serve(max_buffered_bytes=10_000, body_seconds=5) as client:
         with connect(client) as connection:
-            connection.sendall(f"{HEAD}Content-Length: 9990\r\n\r\n{{".encode())
+            connection.sendall(f"{HEAD}Content-Length: 9995\r\n\r\n{{".encode())
+            time.sleep(0.2)
+            assert client.post("/rerank", json=BODY).status_code == 200  # what has only been announced takes no room
+            connection.sendall(b" " * 9989)
             time.sleep(0.2)
             refused = client.post("/rerank", json=BODY)
             assert refused.status_code == 429

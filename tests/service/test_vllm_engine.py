@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,14 +11,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from core.checkpoint import load_checkpoint
 from core.errors import CheckpointError
 from core.model import Model
 from service import engine as engine_module
 from service.app import create_app
 from service.settings import Settings
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
-from tests.service.conftest import Serve, make_settings
+from tests.service.conftest import Serve, make_settings, serve_app
 from tests.service.test_lifecycle import wait_for
+from tests.service.test_metrics import value
 from tests.service.vllm_double import VllmDouble, prompt_of
 
 BODY = {"query": QUERY, "passages": PASSAGES, "max_new_tokens": 8}
@@ -67,6 +70,17 @@ def test_answers_are_the_torch_engines(
     sent = vllm.requests[-1]
     assert ("prompt" in sent, "prompt_embeds" in sent) == (mode == "text", mode != "text")
     assert prompt_of(sent).tokens == got["usage"]["prompt_tokens"]
+
+
+def test_a_checkpoints_generator_is_let_go_of(root: Path) -> None:
+    own = make_settings(checkpoint=root / "first")
+    with serve_app(create_app(own)) as client:
+        expected, whole = answer(client), value(client, "scaledown_model_bytes")
+    with VllmDouble(load_checkpoint(root / "first").generator).running() as double:
+        theirs = make_settings(checkpoint=root / "first", generator_url=double.url)
+        with serve_app(create_app(theirs)) as client:
+            assert alike(answer(client)) == alike(expected)
+            assert value(client, "scaledown_model_bytes") < whole
 
 
 def test_a_stream_has_the_whole_answer_in_pieces(client: httpx.Client, remote: httpx.Client) -> None:

@@ -114,8 +114,9 @@ class VllmDouble:
                 generator.eos_ids = frozenset()
             for event in stream(generator, prompt, options_of(body)):
                 finish = event.finish_reason
-                choice = {"index": 0, "text": event.text, "token_ids": [event.token_id], "finish_reason": finish}
-                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+                text = event.text + "\u2028\u2029\x85"  # as an answer may hold them; vLLM escapes none of them
+                choice = {"index": 0, "text": text, "token_ids": [event.token_id], "finish_reason": finish}
+                yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n"
                 if broken == "cut":
                     raise ConnectionResetError
                 await asyncio.sleep(self.token_s)

@@ -149,6 +149,8 @@ def test_compress_then_answer_from_the_embeddings(client: httpx.Client, connect:
             assert [len(row) for row in first.embeddings.rows()] == [first.embeddings.shape[1]] * first.memory_tokens
             again = ours.call("answer", QUERY, [passage.as_passage() for passage in made.passages], **OPTIONS)
             assert again.answer == whole.answer
+            with pytest.raises(InvalidRequestError, match="made for another query"):
+                ours.call("answer", "Another query?", [passage.as_passage() for passage in made.passages])
 
 
 def test_rerank_and_readiness(client: httpx.Client, connect: Connect) -> None:
@@ -207,8 +209,8 @@ def test_overload_is_waited_out(serve: Serve, connect: Connect) -> None:
         connect(client.base_url) as patient,
         open_socket(client) as blocker,
     ):
-        # Declares a body that takes all the room for bodies, and never sends it. The service gives it up soon.
-        blocker.sendall(f"{HEAD}Content-Length: 9990\r\n\r\n{{".encode())
+        # Sends a body that takes all the room for bodies, but for its end. The service gives it up soon.
+        blocker.sendall(f"{HEAD}Content-Length: 9995\r\n\r\n".encode() + b" " * 9990)
         time.sleep(0.2)
         with pytest.raises(OverloadedError) as caught:
             hasty.call("rerank", QUERY, GIVEN)

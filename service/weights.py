@@ -1,6 +1,6 @@
 """A process keeps only the weights it computes with: a checkpoint is loaded and verified whole, then let go of in part.
 
-So a compressor replica does not hold the generator's layers, and can stand where those would not fit beside others.
+So neither a service whose answers vLLM writes nor a compressor replica on Ray holds the generator's layers.
 """
 
 import torch
