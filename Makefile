@@ -9,10 +9,12 @@ EXTRAS ?= training,dev
 # Tests that start no server: they run in two processes. Of the others some say how long something may take.
 ALONE = tests/core tests/parity tests/training
 BIN = $(VENV)/bin
-STAMP = $(VENV)/.scaledown-installed
+COMMA = ,
+# Named after the extras: others are installed when they are asked for.
+STAMP = $(VENV)/.scaledown-$(subst $(COMMA),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup base-models demo bench test test-xla lint format audit sbom clean
+.PHONY: help setup base-models demo bench test test-xla lint format audit sbom pins clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -75,6 +77,9 @@ audit: $(STAMP) ## look up known vulnerabilities of what is installed (asks PyPI
 
 sbom: $(STAMP) ## what is installed, as CycloneDX JSON on standard output
 	@$(BIN)/python .ci/audit.py sbom
+
+pins: $(STAMP) ## pin what the images install to the versions that are installed here
+	@$(BIN)/python .ci/pins.py > requirements/images.new && mv requirements/images.new requirements/images.txt
 
 clean: ## remove the environment and the tools' caches, not the base models
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

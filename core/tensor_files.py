@@ -29,6 +29,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype)
     }
     try:
         save_file(stored, path)
+        path.chmod(0o644)  # safetensors lets only the owner read; a service may run as another user
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name}: cannot be written ({error})") from None
 

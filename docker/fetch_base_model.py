@@ -9,7 +9,7 @@ import sys
 
 from core.base_models import resolve_base_model
 from core.config import Config
-from core.errors import ScaledownError
+from core.errors import ConfigError, ScaledownError
 from core.manifest import parse_json, read_bounded
 from service.loading import SHIPPED
 from service.settings import Settings
@@ -18,10 +18,15 @@ log = logging.getLogger("fetch_base_model")
 
 
 def needed_base_model(settings: Settings) -> str | None:
-    """The name of the generator's base model, or None for a checkpoint that holds a whole generator."""
+    """The name of the generator's base model, or None for a checkpoint that holds a whole generator.
+
+    Raises ConfigError where the checkpoint is missing, CheckpointError where it cannot be read.
+    """
     folder = settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
     if folder is None:
         return settings.base_model
+    if not folder.is_dir():
+        raise ConfigError(f"checkpoint: there is no {folder}; put it there, or name another by SCALEDOWN_CHECKPOINT")
     generator = parse_json(Config, read_bounded(folder / "config.json"), "config.json").generator
     return None if generator.merged else generator.base_model
 

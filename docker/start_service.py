@@ -1,14 +1,19 @@
-"""What a service container runs: the keys come from secret files, then the process becomes `python -m service`.
+"""What a service container runs: secrets come from files, then the process becomes `python -m service`.
 
-A secret file is named after its setting in lower case, such as /run/secrets/scaledown_api_keys. Keys in files show up
-neither in the container's description nor in the compose file. An empty file is no key.
+A secret file is named after its setting in lower case, such as /run/secrets/scaledown_api_keys. What is in files shows
+up neither in the container's description nor in the compose file. An empty file stands for none.
 """
 
 import os
 import sys
 from pathlib import Path
 
-SECRETS = ("SCALEDOWN_API_KEYS", "SCALEDOWN_ADMIN_KEY")
+SECRETS = (
+    "SCALEDOWN_API_KEYS",
+    "SCALEDOWN_ADMIN_KEY",
+    "SCALEDOWN_GENERATOR_KEY",
+    "SCALEDOWN_DOCUMENT_CACHE_REDIS",
+)
 
 
 def main() -> None:

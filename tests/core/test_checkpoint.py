@@ -54,6 +54,7 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(
     encoder_folder = None if encoder is None else request.getfixturevalue(encoder)
     model = build_model(make_config(request.getfixturevalue(generator), encoder_folder), dtype=dtype)
     save_checkpoint(model, tmp_path / "v1", dtype=dtype)
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "v1").rglob("*") if file.is_file())
     loaded = load_checkpoint(tmp_path / "v1", dtype=dtype)
     assert loaded.config == model.config
     assert_same(ask(loaded), ask(model))

@@ -1,6 +1,9 @@
 """docker-compose.yml: what it promises about settings, shutdown, isolation and secrets. No engine runs here."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ def gibibytes(text: str) -> int:
     match = re.fullmatch(r"(\d+)g", with_defaults(text))
     assert match, text
     return int(match[1]) * 2**30
+
+
+def test_it_is_valid_by_the_compose_specification(tmp_path: Path) -> None:
+    def problems(text: str) -> list[str]:
+        file = tmp_path / "docker-compose.yml"
+        file.write_text(text)
+        options = ["--builtin-schema", "vendor.compose-spec", "--output-format", "json"]
+        command = [sys.executable, "-m", "check_jsonschema", *options, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return [error["path"] for error in json.loads(done.stdout)["errors"]]
+
+    assert problems(TEXT) == []
+    assert problems(TEXT.replace("stop_grace_period: 60s", "stop_grace_perod: 60s")) != []
 
 
 def test_profiles_are_those_documented() -> None:
@@ -124,9 +140,21 @@ def test_only_the_fetch_may_write_base_models(service: str) -> None:
     fetch = service.replace("service", "base-model")
     assert SERVICES[service]["depends_on"] == {fetch: {"condition": "service_completed_successfully"}}
     assert SERVICES[service]["image"] == SERVICES[fetch]["image"]
-    assert {"cache:/cache:ro", "./checkpoints:/app/checkpoints:ro"} == set(SERVICES[service]["volumes"])
+    others = {"documents:/documents", "./checkpoints:/app/checkpoints:ro"}
+    assert set(SERVICES[service]["volumes"]) == {"cache:/cache:ro", *others}
     assert "cache:/cache" in SERVICES[fetch]["volumes"]
     assert "ports" not in SERVICES[fetch]
+
+
+@pytest.mark.parametrize("service", OURS)
+def test_documents_can_be_kept_on_disk_and_in_redis(service: str) -> None:
+    given = environment_of(service)
+    named = {name for name in Settings.model_fields if "_cache_" in name}
+    secret = {name for name in named if f"{PREFIX}{name}".lower() in SERVICES[service]["secrets"]}
+    assert {name for name in named if f"{PREFIX}{name}".upper() in given} == named - secret
+    assert secret == {"document_cache_redis"}  # the URL may hold a password
+    assert "documents:/documents" in SERVICES[service]["volumes"]  # the image's own, for user 10001
+    assert "`SCALEDOWN_DOCUMENT_CACHE_FOLDER=/documents`" in (ROOT / "docker/README.md").read_text()
 
 
 def test_secrets_are_files_and_settings() -> None:

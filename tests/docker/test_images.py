@@ -1,4 +1,4 @@
-"""The Dockerfile's rules and the scripts that run in containers. No image is built here."""
+"""The rules of both Dockerfiles and the scripts that run in containers. No image is built here."""
 
 import json
 import os
@@ -8,108 +8,148 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from core.config import Config, GeneratorConfig, dump_config
-from service.settings import Settings
+from service.__main__ import SECRETS
+from service.settings import SHIPPED
+from tests.docker.dockerfile import DOCKER, ROOT, base_of, build_context, defaults, inherited, stages
 
-ROOT = Path(__file__).parent.parent.parent
-DOCKER = ROOT / "docker"
-TARGETS = ("service", "training")
+FILES = ("Dockerfile", "neuron.Dockerfile")
+IMAGES = [(file, target) for file in FILES for target in ("service", "training")]
 COMPILERS = re.compile(r"\b(gcc|g\+\+|cc|clang|build-essential|python3?-dev|cargo|nvcc)\b|-devel\b")
 
 
-def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile, continued lines joined, comments left out."""
-    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
-    text = re.sub(r"\\\n", " ", "\n".join(lines))
-    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+def arguments_of(file: str, target: str, instruction: str) -> list[str]:
+    return [arguments for name, arguments in inherited(file, target) if name == instruction]
 
 
-def stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions of each stage by its name; the first one of each is its FROM."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for instruction, arguments in instructions():
-        if instruction == "FROM":
-            name = arguments.split(" AS ")[1]
-            found[name] = []
-        if found:
-            found[name].append((instruction, arguments))
-    return found
-
-
-def inherited(target: str) -> list[tuple[str, str]]:
-    """Instructions of a stage and of those it is built on, in order."""
-    named = stages()
-    base = named[target][0][1].split(" AS ")[0]
-    return (inherited(base) if base in named else []) + named[target]
-
-
-def arguments_of(target: str, instruction: str) -> list[str]:
-    return [arguments for name, arguments in inherited(target) if name == instruction]
+@pytest.mark.parametrize("file", FILES)
+def test_hadolint_finds_nothing(file: str) -> None:
+    command = [Path(sys.executable).with_name("hadolint"), DOCKER / file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_outside_images_have_an_exact_tag() -> None:
-    defaults = {a.split("=")[0]: a.split("=")[1] for name, a in instructions() if name == "ARG" and "=" in a}
-    for lines in stages().values():
-        image = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], lines[0][1].split(" AS ")[0])
-        assert image in stages() or re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", image), image
+    for file in FILES:
+        for stage in stages(file):
+            image = base_of(file, stage)
+            assert image in stages(file) or re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+[\w.-]*", image), image
 
 
 def test_each_accelerator_has_its_environment() -> None:
-    assert {"environment-cpu", "environment-cuda"} <= set(stages())
+    assert {"environment-cpu", "environment-cuda"} <= set(stages("Dockerfile"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_process_is_not_root_and_owns_no_code(target: str) -> None:
-    assert arguments_of(target, "USER") == ["10001:10001"]
-    after_user = [name for name, _ in inherited(target)]
-    assert not {"RUN", "COPY", "ADD"} & set(after_user[after_user.index("USER") :])
-    assert not any("--chown" in arguments for arguments in arguments_of(target, "COPY"))
+@pytest.mark.parametrize(("file", "target"), IMAGES)
+def test_the_process_is_not_root_and_owns_no_code(file: str, target: str) -> None:
+    assert arguments_of(file, target, "USER") == ["10001:10001"]
+    after_user = [name for name, _ in inherited(file, target)]
+    after_user = after_user[after_user.index("USER") :]
+    assert not {"RUN", "COPY", "ADD"} & set(after_user)
+    assert "ENTRYPOINT" in after_user  # AWS's images start TorchServe
+    assert not any("--chown" in arguments for arguments in arguments_of(file, target, "COPY"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_compiled_or_installed_in_the_final_stage(target: str) -> None:
-    assert not any(COMPILERS.search(arguments) for _, arguments in inherited(target))
-    assert not any(re.search(r"\b(pip|apt-get|apt)\b", arguments) for arguments in arguments_of(target, "RUN"))
-    assert "PIP_ONLY_BINARY=:all:" in " ".join(arguments_of("environment", "ENV")).split()
+@pytest.mark.parametrize(("file", "target"), IMAGES)
+def test_nothing_is_compiled_or_installed_in_the_final_stage(file: str, target: str) -> None:
+    assert not any(COMPILERS.search(arguments) for _, arguments in inherited(file, target))
+    assert not any(re.search(r"\b(pip|apt-get|apt)\b", arguments) for arguments in arguments_of(file, target, "RUN"))
+    environment = f"{target}-environment"
+    assert f"--from={environment} /opt/scaledown /opt/scaledown" in arguments_of(file, target, "COPY")
+    assert "PIP_ONLY_BINARY=:all:" in " ".join(arguments_of(file, environment, "ENV")).split()
+    assert not any(COMPILERS.search(arguments) for _, arguments in inherited(file, environment))
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_everything_written_goes_where_a_mount_can_be(target: str) -> None:
-    environment = " ".join(arguments_of(target, "ENV"))
+@pytest.mark.parametrize("target", ["service", "training"])
+def test_the_versions_of_an_image_are_pinned(target: str) -> None:
+    """All of them: tests/docker/test_scratch_root.py looks at what was installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [line for line in (ROOT / "requirements" / "images.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
+    pinned = {pin.split("==")[0]: pin.split("==")[1] for pin in pins}
+    extras = project["optional-dependencies"]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in ("service", "otel", "redis", target) for line in extras[extra]),
+    ]
+    for requirement in map(Requirement, lines):
+        if requirement.name not in {"scaledown", "torch"}:
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+    installs = [text for text in arguments_of("Dockerfile", f"{target}-environment", "RUN") if "pip install" in text]
+    assert installs
+    for install in installs:
+        assert "--constraint constraints.txt" in install
+        assert "--no-deps" in install or "--constraint images.txt" in install
+
+
+@pytest.mark.parametrize(("file", "target"), IMAGES)
+def test_everything_written_goes_where_a_mount_can_be(file: str, target: str) -> None:
+    environment = " ".join(arguments_of(file, target, "ENV"))
     for setting in ("HOME=/tmp", "XDG_CACHE_HOME=/cache", "HF_HOME=/cache/huggingface", "PYTHONDONTWRITEBYTECODE=1"):
         assert setting in environment.split()
+    [folders] = re.findall(r"install -d -o 10001 -g 10001 ([^&]+)", " ".join(arguments_of(file, target, "RUN")))
+    assert {"/cache", "/documents" if target == "service" else "/runs"} <= set(folders.split())
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_labels_say_what_it_is(target: str) -> None:
-    labels = " ".join(arguments_of(target, "LABEL"))
+@pytest.mark.parametrize(("file", "target"), IMAGES)
+def test_labels_say_what_it_is(file: str, target: str) -> None:
+    labels = " ".join(arguments_of(file, target, "LABEL"))
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in labels
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert defaults(file)["VERSION"] == project["version"]
 
 
-def test_health_is_asked_of_the_service_only() -> None:
-    assert arguments_of("training", "HEALTHCHECK") == ["NONE"]
-    [check] = arguments_of("service", "HEALTHCHECK")
+@pytest.mark.parametrize("file", FILES)
+def test_a_service_without_a_checkpoint_would_not_start(file: str) -> None:
+    """One that is named has to be there, the shipped one need not be: it would be an untrained model then."""
+    shipped = SHIPPED.relative_to(ROOT)
+    assert f"SCALEDOWN_CHECKPOINT={shipped}" in " ".join(arguments_of(file, "service", "ENV")).split()
+    assert not any(shipped in path.parents for path in build_context())
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_health_is_asked_of_the_service_only(file: str) -> None:
+    assert arguments_of(file, "training", "HEALTHCHECK") == ["NONE"]
+    [check] = arguments_of(file, "service", "HEALTHCHECK")
     assert check.endswith('CMD ["python", "docker/check_health.py"]')
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_is_copied_is_there_and_reaches_the_build(target: str) -> None:
+@pytest.mark.parametrize(("file", "target"), IMAGES)
+def test_what_is_copied_reaches_the_build(file: str, target: str) -> None:
     """.dockerignore keeps everything out that it does not name."""
-    ignore = (ROOT / ".dockerignore").read_text().splitlines()
-    assert "*" in ignore
-    for arguments in (*arguments_of(target, "COPY"), *(a for n, a in inherited("environment") if n == "COPY")):
+    context = build_context()
+    copies = [*arguments_of(file, target, "COPY"), *arguments_of(file, f"{target}-environment", "COPY")]
+    for arguments in copies:
         if not arguments.startswith("--from="):
             for source in arguments.split()[:-1]:
-                assert list(ROOT.glob(source)), source
-                assert f"!{source}" in ignore, source
+                found = {path.relative_to(ROOT) for path in ROOT.glob(source)}
+                assert any(found & {path, *path.parents} for path in context), source
+
+
+def test_no_weights_and_no_secrets_reach_a_build() -> None:
+    tops = {path.parts[0] for path in build_context()}
+    assert tops == {
+        "LICENSE",
+        "constraints.txt",
+        "core",
+        "docker",
+        "pyproject.toml",
+        "requirements",
+        "service",
+        "training",
+    }
+    assert {path.suffix for path in build_context() if path.parts[0] == "docker"} == {".py"}
 
 
 @pytest.fixture
@@ -206,11 +246,9 @@ def test_start_service_becomes_the_service(tmp_path: Path) -> None:
 
 
 def test_secret_files_are_named_after_settings() -> None:
-    names = re.search(r"SECRETS = \((.*)\)", (DOCKER / "start_service.py").read_text())
-    assert names is not None
-    settings = {name.removeprefix("SCALEDOWN_").lower() for name in re.findall(r'"(\w+)"', names[1])}
-    assert settings == {"api_keys", "admin_key"}
-    assert settings <= set(Settings.model_fields)
+    names = runpy.run_path(str(DOCKER / "start_service.py"))["SECRETS"]
+    settings = {name.removeprefix("SCALEDOWN_").lower() for name in names}
+    assert settings == SECRETS
 
 
 def fetch(monkeypatch: pytest.MonkeyPatch, **environment: str) -> int:
@@ -250,3 +288,5 @@ def test_fetch_reads_the_checkpoints_config(
 def test_fetch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
     assert fetch(monkeypatch, SCALEDOWN_BASE_MODEL="no such model") == 1
     assert "'no such model' was not found" in log.text
+    assert fetch(monkeypatch, SCALEDOWN_CHECKPOINT="checkpoints/none") == 1
+    assert "there is no checkpoints/none" in log.text

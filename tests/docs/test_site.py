@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from service.__main__ import SECRETS
 from service.settings import Settings
 from tests.docs.conftest import ROOT, Workshop
 
@@ -65,4 +66,16 @@ def test_every_setting_is_shown(site: Path) -> None:
     page = (site / "settings.html").read_text(encoding="utf-8")
     for name in Settings.model_fields:
         assert f"<code>SCALEDOWN_{name.upper()}</code>" in page
-    assert "--api-keys" not in page
+    for name in SECRETS:
+        assert f"--{name.replace('_', '-')}" not in page
+
+
+def test_fields_are_described_and_bounded(site: Path) -> None:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    answer = page[page.index('id="schema-answerrequest"') :]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>.*?</tr>", answer, re.DOTALL)]
+    texts = dict(reversed([(cells[0], cells[-1]) for cells in rows if cells]))  # of equal names, the first one's
+    for field in ("query", "mode", "hybrid_top", "max_prompt_tokens", "rate", "timeout", "max_new_tokens", "top_p"):
+        assert texts[f"<code>{field}</code>"], field
+    assert "integer (≥ 1)" in page
+    assert "≥ 1.0" not in page
