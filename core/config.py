@@ -170,7 +170,7 @@ def _in_our_words(problem: Any) -> str:
             words = "unknown key"
         case "missing":
             words = "is required"
-        case "dataclass_type":
+        case "dataclass_type" | "dict_type":
             words = "must be a group of keys"
         case _:
             words = str(problem["msg"]).replace("Input should", "must", 1)

@@ -83,7 +83,7 @@ def test_an_option_out_of_range_is_wrong_usage(line: str, message: str, capsys: 
         ("prepare --source bytes.jsonl --out o.jsonl", "bytes.jsonl: none of its 2 rows can be used"),
         ("prepare --source raw.jsonl,limit=[ --out o.jsonl", "--source raw.jsonl,limit=[: limit, line 1: not YAML"),
         ("prepare --source raw.jsonl,limit=0 --out o.jsonl", "limit: must be greater than or equal to 1"),
-        ("prepare --source raw.jsonl,columns=x --out o.jsonl", "columns: must be a valid dictionary"),
+        ("prepare --source raw.jsonl,columns=x --out o.jsonl", "columns: must be a group of keys"),
         ("prepare --source raw.jsonl --out o.txt", "--out o.txt: the name must end in .jsonl or .jsonl.gz"),
         ("prepare --source raw.jsonl --out raw.jsonl", "--out raw.jsonl: is read, too"),
         ("prepare --source raw.jsonl --out folder", "--out folder: is a folder, not a file"),
