@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from service.demo import PASSAGES, QUERY
+from service.demo_question import PASSAGES, QUERY
 from service.engine import Engine
 
 FOLDER = Path(__file__).parent / "page"

@@ -10,7 +10,7 @@ from selenium.webdriver import Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from service.demo import PASSAGES
+from service.demo_question import PASSAGES
 from tests.e2e.browser_page import KEY, Page, ask, needs_chromium
 
 pytestmark = needs_chromium

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome, Keys
 
-from service.demo import PASSAGES
+from service.demo_question import PASSAGES
 from tests.e2e.browser_page import Page, needs_chromium
 
 pytestmark = needs_chromium
