@@ -4,7 +4,6 @@ Reads a checkpoint and rows, writes `results.jsonl` (resumable), `result.json` a
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 from core.checkpoint import load_checkpoint
 from core.config import Config
 from core.errors import ConfigError
+from core.manifest import sha256_of
 from core.model import Model
 from core.packed_linear import pack_model
 from core.sampling import GenerationOptions
@@ -167,7 +167,7 @@ def _describe_run(args: argparse.Namespace, model: Model, questions: int) -> dic
         "generator": model.base.name,
         "compressor": model.config.compressor.kind,
         "data": args.data.name,
-        "data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+        "data_sha256": sha256_of(args.data),
         "questions": questions,
         "max_new_tokens": args.max_new_tokens,
         "dtype": args.dtype,

@@ -5,7 +5,6 @@ all of it is done. Does not know how a teacher answers.
 """
 
 import argparse
-import hashlib
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from core.base_models import resolve_base_model
 from core.config import PromptConfig
 from core.errors import ConfigError
 from core.generator import load_generator
+from core.manifest import sha256_of
 from training.answer_match import answer_words, contains, words
 from training.arguments import check_file, check_out_file, check_out_folder, device, whole
 from training.chat_endpoint import ChatEndpoint, check_url
@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
     if not rows:
         raise DataError(f"--data {args.data}: no rows to label; `prepare` writes such files")
     _require_no_strangers(args.logits, journal_path)
-    settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": _sha256(args.data)}
+    settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": sha256_of(args.data)}
     with Journal(journal_path, settings) as journal:
         if journal.rows:
             log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
@@ -269,8 +269,3 @@ def _require_no_strangers(logits: Path | None, journal: Path) -> None:
     """Raises ConfigError where the folder has shards of another run: rows would be found twice."""
     if logits is not None and not journal.exists() and any(logits.glob(SHARD_PATTERN)):
         raise ConfigError(f"--logits {logits}: already holds logits of another run; empty it or give another folder")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ run/last/                  also trainable.safetensors, optimizer.safetensors, pr
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import dump_config
 from core.errors import CheckpointError, ConfigError
+from core.manifest import sha256_of
 from core.model import Model
 from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
@@ -60,8 +60,7 @@ def run_settings(config: TrainConfig) -> dict[str, Any]:
     for name in (*LENGTH, *REPORTS, *MEMORY):
         del values["loop"][name]
     for name in ("train", "dev"):
-        with Path(values["data"][name]).open("rb") as file:
-            values["data"][name] = hashlib.file_digest(file, "sha256").hexdigest()
+        values["data"][name] = sha256_of(Path(values["data"][name]))
     kept: dict[str, Any] = json.loads(json.dumps(values))  # as it reads back: tuples become lists
     return kept
 

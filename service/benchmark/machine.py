@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from core.kv_slots import kv_shape
 from core.model import Model
 
 PACKAGES = ("scaledown", "torch", "transformers", "tokenizers", "numpy")
@@ -73,8 +74,7 @@ def describe_model(model: Model) -> dict[str, Any]:
 def _kv_bytes(model: Model) -> int:
     """Of the keys and values of one position, in all layers of the generator."""
     config: Any = model.generator.model.config
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    heads, head_dim = kv_shape(config)
     return 2 * int(config.num_hidden_layers) * heads * head_dim * model.generator.dtype.itemsize
 
 
