@@ -16,10 +16,12 @@ from core.errors import ScaledownError
 from service.settings import Settings, explain
 
 PROG = "python -m service.benchmark"
+ENGINE_VARIANTS = ("transformers", "text", "compressed", "hybrid")  # not read from `variants`, which imports torch
 EPILOG = """
   python -m service.benchmark engine                          the shipped checkpoint, else an untrained model
   python -m service.benchmark engine --checkpoint checkpoints/mine --dtype bfloat16 --threads 2
   python -m service.benchmark engine --vllm-url http://127.0.0.1:8001/v1   beside vLLM, see serve_vllm.sh in its folder
+  python -m service.benchmark engine --vary 0.8 --variants text compressed   passages of 26 to 230 tokens
   python -m service.benchmark load --clients 1 8 32           starts a service, loads it, stops it
   python -m service.benchmark load --url http://127.0.0.1:8000 --checkpoint checkpoints/mine
   python -m service.benchmark scaling --quick                 a smoke run of a few sizes
@@ -68,9 +70,12 @@ def _shared_options() -> argparse.ArgumentParser:
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passages", type=_count, nargs="+", default=[5, 10, 20, 50], help="default: %(default)s")
-    parser.add_argument("--batch", type=_count, default=8, help="questions at a time, saturated (default: %(default)s)")
-    parser.add_argument("--vllm-url", default="", help="a vLLM server on this machine that serves the merged generator")
+    add = parser.add_argument
+    add("--passages", type=_count, nargs="+", default=[5, 10, 20, 50], help="default: %(default)s")
+    add("--batch", type=_count, default=8, help="questions at a time, saturated (default: %(default)s)")
+    add("--vary", type=_share, default=0.0, help="share by which single passages are longer or shorter, such as 0.8")
+    add("--variants", nargs="+", choices=ENGINE_VARIANTS, default=ENGINE_VARIANTS, help="fewer than all take less time")
+    add("--vllm-url", default="", help="a vLLM server on this machine that serves the merged generator")
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +93,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--passages", type=_count, nargs="+", default=[1, 2, 5, 10, 20, 50, 100, 200], help="default: %(default)s")
     add("--lengths", type=_count, nargs="+", default=[32, 64, 128, 256, 512, 1024], help="tokens of a passage")
-    add("--variant", choices=("transformers", "text", "compressed", "hybrid"), default="compressed")
+    add("--variant", choices=ENGINE_VARIANTS, default="compressed")
     add("--concurrency", type=_count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="questions at a time")
     add("--cached", type=_count, nargs="+", default=[100, 1000, 10_000], help="chunks that a cache holds")
 
@@ -152,6 +157,13 @@ def _count(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise ValueError
+    return share
 
 
 if __name__ == "__main__":

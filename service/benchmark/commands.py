@@ -23,7 +23,7 @@ from service.benchmark.questions import make_questions
 from service.benchmark.scaling import run_curve
 from service.benchmark.server import running_service
 from service.benchmark.statistics import paired_ratios
-from service.benchmark.tables import show_cache, show_engine, show_load, show_scaling, show_setting
+from service.benchmark.tables import show_cache, show_engine, show_load, show_scaling, show_setting, show_stages
 from service.benchmark.variants import VARIANTS
 from service.benchmark.vllm_variant import vllm_variants
 from service.loading import load_model
@@ -39,12 +39,12 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
     if options.vllm_url:
         require_loopback(options.vllm_url)
     model = load_model(settings)
-    compared = {**VARIANTS, **(vllm_variants(model, options.vllm_url) if options.vllm_url else {})}
+    own = {name: VARIANTS[name] for name in VARIANTS if name in options.variants}
+    compared = {**own, **(vllm_variants(model, options.vllm_url) if options.vllm_url else {})}
     if options.quick:
         options.passages, options.batch, options.new_tokens, options.repeats = options.passages[:1], 2, 4, 1
-    cases = plan_cases(
-        options.passages, options.batch, options.passage_tokens, options.new_tokens, paper=not options.quick
-    )
+    sizes = Case(1, 1, options.passage_tokens, QUERY_TOKENS, options.new_tokens, options.vary)
+    cases = plan_cases(options.passages, options.batch, sizes, paper=not options.quick)
     result = _frame("engine", model, settings, options)
     result["paper"] = variants.PAPER
     result["cases"] = []
@@ -54,7 +54,7 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
                 result["cases"].append(run_case(model, case, options.repeats, notify, compared))
             except TooLargeError as error:
                 notify(f"{case.label} is left out: {error.message}")
-    return result, f"{show_setting(result)}\n\n{show_engine(result)}"
+    return result, f"{show_setting(result)}\n\n{show_engine(result)}\n\n{show_stages(result)}"
 
 
 def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:

@@ -6,7 +6,7 @@ them; every repeat has new questions and another order. Prints nothing and write
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from core.costs import Stages, clock, current_memory, flop_stages, peak_memory, reset_peak_memory
@@ -32,19 +32,24 @@ PAPER = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One configuration: `batch` questions at a time, each of so many passages; lengths in generator tokens."""
+    """One configuration: `batch` questions at a time, each of so many passages; lengths in generator tokens.
+
+    vary    share of `passage_tokens` by which single passages are longer or shorter, at most
+    """
 
     passages: int
     batch: int
     passage_tokens: int = 128
     query_tokens: int = 16
     new_tokens: int = 32
+    vary: float = 0.0
 
     @property
     def label(self) -> str:
         """For tables and plots."""
         query = "" if self.query_tokens == 16 else f", query {self.query_tokens}"
-        return f"{self.passages} x {self.passage_tokens}{query}, batch {self.batch}"
+        vary = "" if not self.vary else f" ± {self.vary:.0%}"
+        return f"{self.passages} x {self.passage_tokens}{vary}{query}, batch {self.batch}"
 
 
 @dataclass
@@ -53,10 +58,10 @@ class Measured:
 
     stages_s      of each repeat, seconds by stage
     flops         of one repeat, by stage; peak_bytes, working_bytes of the same run: at most, and above what it found
-    prompt_tokens of one question, at most
+    prompt_tokens of each question of the batch
     """
 
-    prompt_tokens: int = 0
+    prompt_tokens: list[int] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     working_bytes: int = 0
@@ -106,7 +111,7 @@ def _measure_cost(model: Model, case: Case, variant: Variant, measured: Measured
     _check(work, case)
     measured.working_bytes = max(0, measured.peak_bytes - before)
     measured.flops = {stage: flops for stage, flops in stages.values.items() if flops}
-    measured.prompt_tokens = max(work.prompt_tokens)
+    measured.prompt_tokens = work.prompt_tokens
 
 
 def case_questions(model: Model, case: Case, seed: int) -> list[Question]:
@@ -117,6 +122,7 @@ def case_questions(model: Model, case: Case, seed: int) -> list[Question]:
         passages=case.passages,
         passage_tokens=case.passage_tokens,
         query_tokens=case.query_tokens,
+        vary=case.vary,
         seed=seed,
     )
 
@@ -133,7 +139,7 @@ def _flops_by_shapes(model: Model, case: Case, measured: Mapping[str, Measured])
     requests = [prepare(model, each.query, each.passages) for each in case_questions(model, case, seed=0)]
     compressing = sum(compressor_flops(model, request) for request in requests)
     return {
-        name: case.batch * generator_flops(model, each.prompt_tokens, case.new_tokens)
+        name: sum(generator_flops(model, tokens, case.new_tokens) for tokens in each.prompt_tokens)
         + (compressing if name in COMPRESSING else 0)
         for name, each in measured.items()
     }
@@ -145,7 +151,7 @@ def summarise(case: Case, measured: Mapping[str, Measured], by_shapes: Mapping[s
     for name, each in measured.items():
         stages = dict.fromkeys(stage for values in each.stages_s for stage in values)
         entry["variants"][name] = {
-            "prompt_tokens": each.prompt_tokens,
+            "prompt_tokens": max(each.prompt_tokens),
             "seconds": asdict(spread(each.seconds)),
             "first_token_s": asdict(spread(each.first_token_s)),
             "answers_per_s": asdict(spread([case.batch / seconds for seconds in each.seconds])),
@@ -185,8 +191,10 @@ def _ratios(base: Measured, variant: Measured, by_shapes: float, *, elsewhere: b
     }
 
 
-def plan_cases(passages: Sequence[int], batch: int, passage_tokens: int, new_tokens: int, paper: bool) -> list[Case]:
-    """Every number of passages at batch 1 and at `batch`; with `paper`, the paper's set-up too, at batch 1."""
-    batches = dict.fromkeys((1, batch))
-    cases = [Case(count, size, passage_tokens, new_tokens=new_tokens) for count in passages for size in batches]
+def plan_cases(passages: Sequence[int], batch: int, sizes: Case, paper: bool) -> list[Case]:
+    """Every number of passages at batch 1 and at `batch`; with `paper`, the paper's set-up too, at batch 1.
+
+    sizes   the lengths of all cases but the paper's
+    """
+    cases = [replace(sizes, passages=count, batch=size) for count in passages for size in dict.fromkeys((1, batch))]
     return cases + ([Case(10, 1, 128, query_tokens=128, new_tokens=32)] if paper else [])

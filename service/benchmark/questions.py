@@ -45,14 +45,22 @@ def make_questions(
     passages: int,
     passage_tokens: int,
     query_tokens: int,
+    vary: float = 0.0,
     seed: int = 0,
 ) -> list[Question]:
-    """`count` questions; every passage and query has exactly so many of the tokenizer's tokens. `seed` fixes them."""
+    """`count` questions; every passage and query has exactly so many of the tokenizer's tokens. `seed` fixes them.
+
+    vary    share of `passage_tokens` by which a passage is longer or shorter, at most: each length is as likely
+    """
     source = random.Random(seed)
+
+    def length() -> int:
+        return max(1, round(passage_tokens * source.uniform(1 - vary, 1 + vary))) if vary else passage_tokens
+
     return [
         Question(
             exact_text(tokenizer, query_tokens, source),
-            tuple(Passage(exact_text(tokenizer, passage_tokens, source)) for _ in range(passages)),
+            tuple(Passage(exact_text(tokenizer, length(), source)) for _ in range(passages)),
         )
         for _ in range(count)
     ]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service.benchmark.variants import STAGES
+
 Entry = Mapping[str, Any]
 
 
@@ -29,7 +31,7 @@ def show_engine(result: Entry) -> str:
     """Ratios over text in the same engine, and over transformers' generate, one row a case and variant."""
     headings = (
         *("passages, batch", "variant", "prompt", "answers/s", "(spread)", "first token", "FLOPs", "by shapes"),
-        *("peak memory", "answers/s", "s a batch"),
+        *("peak memory", "answers/s"),
     )
     above = "over text in this engine: answers/s to peak memory; over transformers' generate: the second answers/s"
     rows = [_engine_row(case, name, figures) for case in result["cases"] for name, figures in case["variants"].items()]
@@ -48,7 +50,7 @@ def show_engine(result: Entry) -> str:
 def _engine_row(case: Entry, name: str, figures: Entry) -> tuple[str, ...]:
     over_text = case["ratios"][name].get("over_text")
     over_transformers = case["ratios"][name].get("over_transformers")
-    ratios: tuple[str, ...] = ("1", "", "1", "1", "1", "1")
+    ratios: tuple[str, ...] = ("1", "", "1", "1", "1", "1") if name == "text" else ("-", "", "-", "-", "-", "-")
     if over_text:
         speed = over_text["answers_per_s"]
         ratios = (
@@ -60,8 +62,27 @@ def _engine_row(case: Entry, name: str, figures: Entry) -> tuple[str, ...]:
                 for key in ("flops", "flops_by_shapes", "peak_bytes")
             ),
         )
-    last = f"{over_transformers['answers_per_s']['median']:.2f}" if over_transformers else "1"
-    return (case["label"], name, str(figures["prompt_tokens"]), *ratios, last, f"{figures['seconds']['median']:.3f}")
+    last = "1" if name == "transformers" else "-"
+    if over_transformers:
+        last = f"{over_transformers['answers_per_s']['median']:.2f}"
+    return (case["label"], name, str(figures["prompt_tokens"]), *ratios, last)
+
+
+def show_stages(result: Entry) -> str:
+    """Seconds of a batch by stage, and memory, one row a case and variant."""
+    rows = [_stages_row(case, name, figures) for case in result["cases"] for name, figures in case["variants"].items()]
+    headings = ("passages, batch", "variant", *STAGES, "all", "peak MiB", "of it working")
+    above = (
+        "Seconds of a batch by stage; memory of one batch at its most, and how much of that was there before it not."
+    )
+    return f"{above}\n{table(headings, rows)}"
+
+
+def _stages_row(case: Entry, name: str, figures: Entry) -> tuple[str, ...]:
+    stages = figures["stages_s"]
+    seconds = [f"{stages[stage]['median']:.3f}" if stage in stages else "-" for stage in STAGES]
+    memory = ["-" if figures[key] is None else f"{figures[key] / 2**20:.0f}" for key in ("peak_bytes", "working_bytes")]
+    return (case["label"], name, *seconds, f"{figures['seconds']['median']:.3f}", *memory)
 
 
 def show_load(result: Entry) -> str:

@@ -61,8 +61,8 @@ def test_a_slope_needs_two_sizes_and_is_not_fitted_to_zeros() -> None:
 
 
 def test_a_case_is_summed_up_in_figures_and_ratios() -> None:
-    text = Measured(700, {"prefill": 900.0, "decode": 100.0}, 4000, 3000, [{"prefill": 6.0, "decode": 2.0}])
-    fast = Measured(90, {"compress": 150.0, "prefill": 100.0}, 2000, 500, [{"compress": 1.0, "decode": 1.0}])
+    text = Measured([700, 600], {"prefill": 900.0, "decode": 100.0}, 4000, 3000, [{"prefill": 6.0, "decode": 2.0}])
+    fast = Measured([90], {"compress": 150.0, "prefill": 100.0}, 2000, 500, [{"compress": 1.0, "decode": 1.0}])
     entry = summarise(Case(10, 4), {"text": text, "compressed": fast}, {"text": 800, "compressed": 160})
     figures = entry["variants"]["compressed"]
     assert figures["answers_per_s"]["median"] == 2.0
@@ -77,10 +77,20 @@ def test_a_case_is_summed_up_in_figures_and_ratios() -> None:
 
 
 def test_cases_are_each_size_at_each_batch_and_the_papers_setup() -> None:
-    cases = plan_cases([5, 10], 8, 128, 32, paper=True)
+    cases = plan_cases([5, 10], 8, SMALL, paper=True)
     assert [(case.passages, case.batch) for case in cases] == [(5, 1), (5, 8), (10, 1), (10, 8), (10, 1)]
+    assert {case.passage_tokens for case in cases[:-1]} == {SMALL.passage_tokens}
     assert (cases[-1].query_tokens, cases[-1].passage_tokens, cases[-1].new_tokens) == (128, 128, 32)
-    assert len(plan_cases([5], 1, 128, 32, paper=False)) == 1
+    assert len(plan_cases([5], 1, SMALL, paper=False)) == 1
+
+
+def test_passages_differ_in_length_by_a_share(model: Model) -> None:
+    tokenizer = model.generator.tokenizer
+    varied = make_questions(tokenizer, 2, passages=20, passage_tokens=40, query_tokens=8, vary=0.5)
+    lengths = [len(encode(tokenizer, passage.text).ids) for question in varied for passage in question.passages]
+    assert 20 <= min(lengths) < 30
+    assert 50 < max(lengths) <= 60
+    assert {len(encode(tokenizer, question.query).ids) for question in varied} == {8}
 
 
 def test_a_table_is_aligned() -> None:

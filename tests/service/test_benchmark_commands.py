@@ -52,10 +52,25 @@ def test_engine_compares_all_variants(root: Path, tmp_path: Path, capsys: pytest
         assert case["ratios"]["compressed"]["over_text"]["flops"] > 1
         assert case["ratios"]["transformers"]["over_text"]["flops"] == 1
     shown = capsys.readouterr().out
-    for text in ("arXiv 2504.07109", "2.2 to 3.3", "processor", "torch", "bfloat16", "3 x 32, batch 2"):
+    for text in ("arXiv 2504.07109", "2.2 to 3.3", "processor", "torch", "bfloat16", "3 x 32, batch 2", "peak MiB"):
         assert text in shown
     for name in ("engine", "engine-stages"):
         assert (tmp_path / f"{name}.svg").read_text().endswith("</svg>\n")
+
+
+def test_engine_compares_some_variants_over_passages_of_many_lengths(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--passages", "6", "--variants", "text", "compressed", "--vary", "0.8")
+    for case in run("engine", root / "first", tmp_path, *more)["cases"]:
+        assert set(case["variants"]) == {"text", "compressed"}
+        assert case["vary"] == 0.8
+        ratios = case["ratios"]["compressed"]["over_text"]
+        # Batches keep padding low, so that little more is done than the shapes ask for.
+        assert ratios["flops"] > 0.85 * ratios["flops_by_shapes"]
+    assert "6 x 32 ± 80%, batch 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["engine", "--vary", "1"])
 
 
 def test_scaling_fits_each_stage(root: Path, tmp_path: Path) -> None:
