@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from core.base_models import first_line
+from core.base_models import first_line, resolve_base_model
+from core.demo_models import DEMO_MODELS
 from core.errors import BaseModelError, ConfigError
 from training.negatives import BM25Retriever, Retriever, Scores
 
@@ -78,6 +79,26 @@ class DenseEncoder(_Encoder):
             return [text]
         spans = [[span for span in piece if span[1]] for piece in pieces]
         return [text[piece[0][0] : piece[-1][1]] for piece in spans]
+
+
+def load_dense(name: str) -> DenseEncoder:
+    """The encoder of a demo model's name, a folder or a hub id. Raises BaseModelError."""
+    # from the hub by its id: a base model's folder lacks what says how a sentence encoder pools
+    return DenseEncoder(str(resolve_base_model(name).path) if name in DEMO_MODELS else name)
+
+
+@torch.inference_mode()
+def best_cosines(encode: DenseEncoder, query: str, texts: Sequence[str]) -> list[float]:
+    """Cosine of the query and each text; of a long one the best of its windows."""
+    windows = [(index, window) for index, text in enumerate(texts) for window in encode.windows(text)]
+    read = [query, *(window for _, window in windows)]
+    vectors = torch.cat(
+        [encode(read[start : start + BATCH]) for start in range(0, len(read), BATCH)]
+    )  # (1 + windows, d)
+    best = [-1.0] * len(texts)
+    for (index, _), cosine in zip(windows, (vectors[1:] @ vectors[0]).tolist(), strict=True):
+        best[index] = max(best[index], cosine)
+    return best
 
 
 def _pools_first(model: str) -> bool:

@@ -25,10 +25,10 @@ from core.manifest import sha256_of
 from training.answer_match import answer_words, contains, words
 from training.arguments import check_file, check_out_file, check_out_folder, device, whole
 from training.chat_endpoint import ChatEndpoint, check_url
-from training.cross_encoder import CrossEncoder
 from training.data_format import Row, read_rows, write_rows
 from training.data_quality import DataError, ReadPolicy
 from training.journal import Journal
+from training.relevance_teachers import RelevanceTeacher, make_relevance_teacher
 from training.teacher_logits import SHARD_PATTERN, shard_path, tokenizer_fingerprint, write_shard
 from training.teachers import EndpointTeacher, LocalTeacher, Teacher, TeacherAnswer
 
@@ -47,6 +47,9 @@ examples:
       --reranker cross-encoder/ms-marco-MiniLM-L6-v2 --out train.labelled.jsonl.gz
   # no teacher: gold answers are the targets, only relevance is scored
   python -m training label --data train.jsonl.gz --reranker BAAI/bge-reranker-base --out train.labelled.jsonl.gz
+  # relevance from what a checkpoint knows and an embedding model beside it, combined by gold passages of other rows
+  python -m training label --data train.jsonl.gz --reranker checkpoint:checkpoints/demo dense:minilm-l6 \
+      --fit-data dev.jsonl --out train.ranked.jsonl.gz
 """
 
 
@@ -57,8 +60,8 @@ class LabelConfig:
     teacher          a base model's name, or with `endpoint` the model's name there; empty: gold answers stay
     endpoint         URL of an OpenAI-compatible server, up to and with /v1
     top_k            log-probabilities kept at each answer token; 0: none
-    reranker         a cross-encoder; empty: relevance stays as it is
-    score            `logit`: the cross-encoder's raw score (OSCAR sec. 4.4); `probability`: its sigmoid
+    reranker         cross-encoders, `dense:` embedding models, `checkpoint:` folders; none: relevance stays as it is
+    score            `logit`: the reranker's raw score (OSCAR sec. 4.4); `probability`: its sigmoid
     relabel          answer again where the row already has a teacher's answer
     must_contain_gold  an answer of the teacher's without any gold answer in it is not taken; the paper takes it
     """
@@ -68,7 +71,7 @@ class LabelConfig:
     max_new_tokens: int = 128
     top_k: int = 0
     system: str = PromptConfig().system
-    reranker: str = ""
+    reranker: Sequence[str] = ()
     score: Literal["logit", "probability"] = "logit"
     relabel: bool = False
     must_contain_gold: bool = False
@@ -88,7 +91,7 @@ def label_rows(
     rows: Sequence[Row],
     config: LabelConfig,
     teacher: Teacher | None,
-    reranker: CrossEncoder | None,
+    reranker: RelevanceTeacher | None,
     journal: Journal,
     *,
     block: int = 16,
@@ -144,7 +147,7 @@ def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
     return replace(row, teacher_answer=answer.text) if answer is not None and answer.text else row
 
 
-def _with_scores(rows: Sequence[Row], reranker: CrossEncoder, score: str) -> list[Row]:
+def _with_scores(rows: Sequence[Row], reranker: RelevanceTeacher, score: str) -> list[Row]:
     """`rows` with the reranker's scores as relevance, all their passages scored together."""
     scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
     scale = _sigmoid if score == "probability" else float
@@ -177,7 +180,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", default=defaults["system"], help="system prompt (default: the generator's)")
     parser.add_argument("--logits", type=Path, help="folder for top-k log-probabilities; a local teacher only")
     parser.add_argument("--top-k", type=whole(1), default=32, help="how many with --logits (default 32)")
-    parser.add_argument("--reranker", default="", help="cross-encoder whose scores become the passages' relevance")
+    parser.add_argument(
+        "--reranker",
+        nargs="+",
+        default=[],
+        help="whose scores become the passages' relevance: a cross-encoder, dense:<embedding model> or "
+        "checkpoint:<folder>; several are combined by logistic regression on gold passages",
+    )
+    parser.add_argument(
+        "--fit-data",
+        type=Path,
+        help="rows to combine several rerankers by, which none of them was trained on (default: --data)",
+    )
     parser.add_argument(
         "--score", choices=("logit", "probability"), default="logit", help="form of them (default logit)"
     )
@@ -214,6 +228,10 @@ def run(args: argparse.Namespace) -> None:
     """Label and write. Raises ScaledownError for what the user can mend."""
     config = config_from(args)
     check_file(args.data, "--data")
+    if args.fit_data is not None:
+        check_file(args.fit_data, "--fit-data")
+        if len(config.reranker) < 2:
+            raise ConfigError("--fit-data: is for several rerankers; give --reranker two or more")
     check_out_file(args.out, "--out")
     if args.logits is not None:
         check_out_folder(args.logits, "--logits")
@@ -225,12 +243,20 @@ def run(args: argparse.Namespace) -> None:
     if not rows:
         raise DataError(f"--data {args.data}: no rows to label; `prepare` writes such files")
     _require_no_strangers(args.logits, journal_path)
-    settings = {**asdict(config), "logits": str(args.logits or ""), "data_sha256": sha256_of(args.data)}
+    settings = {
+        **asdict(config),
+        "logits": str(args.logits or ""),
+        "data_sha256": sha256_of(args.data),
+        "fit_sha256": sha256_of(args.fit_data) if args.fit_data else "",
+    }
     with Journal(journal_path, settings) as journal:
         if journal.rows:
             log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
         teacher, tokenizer = _make_teacher(config, args, proven=bool(journal.rows))
-        reranker = CrossEncoder(config.reranker, device=args.device) if config.reranker else None
+        reranker = None
+        if config.reranker:
+            fit_rows = read_rows(args.fit_data, ReadPolicy(need_answer=False))[0] if args.fit_data else rows
+            reranker = make_relevance_teacher(config.reranker, fit_rows, args.device)
         labelled = label_rows(
             rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
         )

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
-from core.base_models import resolve_base_model
-from core.demo_models import DEMO_MODELS
-from training.dense import BATCH, DenseEncoder
+from training.dense import best_cosines, load_dense
 from training.negatives import BM25Retriever
 from training.questions import Question
 from training.results import RankingRecord
@@ -34,19 +30,12 @@ class EmbeddingRanker:
     def __init__(self, name: str) -> None:
         """`name` is a demo model's name, a folder or a hub id. Raises BaseModelError."""
         self.name = name
-        # from the hub by its id: a base model's folder lacks what says how a sentence encoder pools
-        self._encode = DenseEncoder(str(resolve_base_model(name).path) if name in DEMO_MODELS else name)
+        self._encode = load_dense(name)
 
-    @torch.inference_mode()
     def rank(self, question: Question, counts: Sequence[int]) -> list[RankingRecord]:
         """Cosine similarity of the question and each of its passages, one record a count."""
-        windows = [(p.content, window) for p in question.passages for window in self._encode.windows(p.content)]
-        texts = [question.query, *(window for _, window in windows)]
-        batches = [self._encode(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        vectors = torch.cat(batches)  # (1 + windows, d), unit length
-        scores: dict[str, float] = {}
-        for (content, _), score in zip(windows, (vectors[1:] @ vectors[0]).tolist(), strict=True):
-            scores[content] = max(score, scores.get(content, score))
+        contents = list(dict.fromkeys(passage.content for passage in question.passages))
+        scores = dict(zip(contents, best_cosines(self._encode, question.query, contents), strict=True))
         return _records(question, self.name, scores, counts)
 
 

@@ -106,16 +106,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run one command; the exit status."""
     options = build_parser(prog).parse_args(arguments)
     try:
-        result, text = _run(options)
+        result = _run(options)
     except (ValidationError, ScaledownError) as error:
         print(explain(error), file=sys.stderr)
         return 2
-    print(json.dumps(result) if options.json else text)
-    _write(options.output, options.command, result)
+    from service.benchmark.tables import show
+
+    print(json.dumps(result) if options.json else show(options.command, result))
+    _plot(options.output, options.command, result)
     return 1 if any(load["failed"] for load in result.get("loads", ())) else 0
 
 
-def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    """The whole result. Its JSON is written each time a part is done, so that an hour's work outlives what stops it."""
     # Late: these import torch, and --help should not take seconds.
     from service.benchmark import commands
 
@@ -129,18 +132,20 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "scaling": commands.scaling,
         "cache": commands.cache,
     }[options.command]
-    return run(options, settings, _notify)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{options.command}.json"
+    result: dict[str, Any] = {}
+    for result in run(options, settings, _notify):
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _notify(f"written: {path}")
+    return result
 
 
 def _notify(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _write(folder: Path, command: str, result: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{command}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    _notify(f"written: {path}")
+def _plot(folder: Path, command: str, result: dict[str, Any]) -> None:
     try:
         from service.benchmark.plots import draw
     except ImportError:

@@ -1,16 +1,15 @@
-"""The three commands: settings in, a result for the JSON and a text for people out. Writes no files."""
+"""The four commands: settings in; the result for the JSON out, each time a part of it is done. Writes no files."""
 
 import argparse
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import httpx
 
-from core.errors import TooLargeError
 from core.model import Model
 from service.benchmark import engine as variants
 from service.benchmark.cache import cache_models, run_cache_case
@@ -23,18 +22,17 @@ from service.benchmark.questions import make_questions
 from service.benchmark.scaling import run_curve
 from service.benchmark.server import running_service
 from service.benchmark.statistics import paired_ratios
-from service.benchmark.tables import show_cache, show_engine, show_load, show_scaling, show_setting, show_stages
 from service.benchmark.variants import VARIANTS
 from service.benchmark.vllm_variant import vllm_variants
 from service.loading import load_model
 from service.settings import Settings
 
 Notify = Callable[[str], None]
-Result = tuple[dict[str, Any], str]
+Result = dict[str, Any]
 QUERY_TOKENS = 16
 
 
-def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
+def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> Iterator[Result]:
     """`engine`: every variant in every case."""
     if options.vllm_url:
         require_loopback(options.vllm_url)
@@ -50,14 +48,11 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> R
     result["cases"] = []
     with short_collections():
         for case in cases:
-            try:
-                result["cases"].append(run_case(model, case, options.repeats, notify, compared))
-            except TooLargeError as error:
-                notify(f"{case.label} is left out: {error.message}")
-    return result, f"{show_setting(result)}\n\n{show_engine(result)}\n\n{show_stages(result)}"
+            result["cases"].append(run_case(model, case, options.repeats, notify, compared))
+            yield result
 
 
-def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
+def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> Iterator[Result]:
     """`scaling`: three curves, each with the other two sizes held, and one over what a cache holds."""
     model = load_model(settings)
     sizes = {"passages": options.passages, "passage tokens": options.lengths, "concurrency": options.concurrency}
@@ -66,16 +61,16 @@ def scaling(options: argparse.Namespace, settings: Settings, notify: Notify) -> 
         options.new_tokens, options.repeats, options.cached = 4, 1, sorted(options.cached)[:2]
     base = Case(5, 1, options.passage_tokens, QUERY_TOKENS, options.new_tokens)
     result = _frame("scaling", model, settings, options)
+    result["curves"] = []
     with short_collections():
-        result["curves"] = [
-            run_curve(model, name, values, base, options.variant, options.repeats, notify)
-            for name, values in sizes.items()
-        ]
+        for name, values in sizes.items():
+            result["curves"].append(run_curve(model, name, values, base, options.variant, options.repeats, notify))
+            yield result
         result["curves"].append(run_cache_curve(sorted(set(options.cached)), options.repeats, notify))
-    return result, f"{show_setting(result)}\n\n{show_scaling(result)}"
+        yield result
 
 
-def load(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
+def load(options: argparse.Namespace, settings: Settings, notify: Notify) -> Iterator[Result]:
     """`load`: closed loops beside the same requests given to the engine directly, then open loops."""
     if options.url:
         require_loopback(options.url)
@@ -89,24 +84,24 @@ def load(options: argparse.Namespace, settings: Settings, notify: Notify) -> Res
         url = options.url or stack.enter_context(running_service(settings))
         stack.enter_context(short_collections())
         result["loads"] = asyncio.run(_loads(url, options, settings, model, bodies, notify))
-    return result, f"{show_setting(result)}\n\n{show_load(result)}"
+    yield result
 
 
-def cache(options: argparse.Namespace, settings: Settings, notify: Notify) -> Result:
+def cache(options: argparse.Namespace, settings: Settings, notify: Notify) -> Iterator[Result]:
     """`cache`: chunks unknown, known, and without a cache."""
     if options.quick:
         options.passages, options.repeats = options.passages[:1], 1
     models = cache_models(settings)
     result = _frame("cache", models[0], settings, options)
+    result["cases"] = []
     with short_collections():
-        result["cases"] = [
-            run_cache_case(models, count, options.passage_tokens, QUERY_TOKENS, options.repeats, notify)
-            for count in options.passages
-        ]
-    return result, f"{show_setting(result)}\n\n{show_cache(result)}"
+        for count in options.passages:
+            sizes = (options.passage_tokens, QUERY_TOKENS, options.repeats)
+            result["cases"].append(run_cache_case(models, count, *sizes, notify))
+            yield result
 
 
-def _frame(command: str, model: Model, settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+def _frame(command: str, model: Model, settings: Settings, options: argparse.Namespace) -> Result:
     """The part of the JSON that every command has."""
     # Secret, or told elsewhere.
     hidden = ("key", "command", "checkpoint", "output", "base_model", "dtype", "quantize", "device")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from core.costs import Stages, clock, current_memory, flop_stages, peak_memory, reset_peak_memory
+from core.errors import ScaledownError
 from core.model import Model
 from core.pipeline import prepare
 from service.benchmark.questions import Question, make_questions
@@ -61,10 +62,10 @@ class Measured:
     prompt_tokens of each question of the batch
     """
 
-    prompt_tokens: list[int] = field(default_factory=list)
-    flops: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-    working_bytes: int = 0
+    prompt_tokens: list[int]
+    flops: dict[str, float]
+    peak_bytes: int
+    working_bytes: int
     stages_s: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -81,25 +82,37 @@ class Measured:
 def run_case(
     model: Model, case: Case, repeats: int, notify: Notify, variants: Mapping[str, Variant] = VARIANTS
 ) -> dict[str, Any]:
-    """Measure every variant in one case; the case's entry of the JSON."""
+    """Measure every variant in one case; the case's entry of the JSON.
+
+    A variant that fails, such as one whose prompts are too long for the model, is left out of the case, and said to be.
+    """
     endless = without_end(model)
-    measured = {name: Measured() for name in variants}
+    measured: dict[str, Measured] = {}
     for name, variant in variants.items():
         notify(f"{case.label}: {name}, operations and memory")
-        _measure_cost(endless, case, variant, measured[name])
+        try:
+            measured[name] = _measure_cost(endless, case, variant)
+        except ScaledownError as error:
+            notify(f"{case.label}: {name} is left out: {error.message}")
     for repeat in range(repeats):
         notify(f"{case.label}: repeat {repeat + 1} of {repeats}")
         questions = case_questions(endless, case, seed=repeat + 1)
-        names = list(variants)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+        names = list(measured)
+        first = repeat % max(1, len(names))
+        for name in names[first:] + names[:first]:
             gc.collect()
             stages = Stages(clock(model.device))
-            _check(variants[name](endless, questions, case.new_tokens, stages), case)
+            try:
+                _check(variants[name](endless, questions, case.new_tokens, stages), case)
+            except ScaledownError as error:
+                notify(f"{case.label}: {name} is left out: {error.message}")
+                del measured[name]
+                continue
             measured[name].stages_s.append(stages.values)
     return summarise(case, measured, _flops_by_shapes(endless, case, measured))
 
 
-def _measure_cost(model: Model, case: Case, variant: Variant, measured: Measured) -> None:
+def _measure_cost(model: Model, case: Case, variant: Variant) -> Measured:
     """One run that is not timed: it warms up, and is where operations and memory are taken."""
     questions = case_questions(model, case, seed=0)
     gc.collect()
@@ -107,11 +120,10 @@ def _measure_cost(model: Model, case: Case, variant: Variant, measured: Measured
     before = current_memory(model.device)
     with flop_stages() as stages:
         work = variant(model, questions, case.new_tokens, stages)
-    measured.peak_bytes = peak_memory(model.device)
+    peak = peak_memory(model.device)
     _check(work, case)
-    measured.working_bytes = max(0, measured.peak_bytes - before)
-    measured.flops = {stage: flops for stage, flops in stages.values.items() if flops}
-    measured.prompt_tokens = work.prompt_tokens
+    flops = {stage: flops for stage, flops in stages.values.items() if flops}
+    return Measured(work.prompt_tokens, flops, peak, max(0, peak - before))
 
 
 def case_questions(model: Model, case: Case, seed: int) -> list[Question]:

@@ -1,6 +1,6 @@
 """Results as plain text tables. Knows the JSON's keys; measures nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from service.benchmark.variants import STAGES
@@ -16,6 +16,17 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in lines
     )
+
+
+def show(command: str, result: Entry) -> str:
+    """All that a command has to say: what was measured on, and its tables."""
+    tables: Mapping[str, Sequence[Callable[[Entry], str]]] = {
+        "engine": (show_engine, show_stages),
+        "load": (show_load,),
+        "scaling": (show_scaling,),
+        "cache": (show_cache,),
+    }
+    return "\n\n".join(part(result) for part in (show_setting, *tables[command]))
 
 
 def show_setting(result: Entry) -> str:

@@ -22,13 +22,15 @@ from service.generation.vllm_wire import completion_fields, prompt_fields
 from service.metrics import Metrics
 from service.settings import Settings
 
+PATIENCE_S = 3600  # the last of a batch of long prompts waits for all others to be read
+
 
 def vllm_variants(model: Model, url: str) -> Mapping[str, Variant]:
     """The variants by name. Raises CheckpointError where the server does not have the generator's weights.
 
     `model` gets the server's limit where that is shorter, so that every variant is asked for the same.
     """
-    settings = Settings(generator_url=url)
+    settings = Settings(generator_url=url, stall_seconds=PATIENCE_S)
     name, max_tokens = asyncio.run(_verified(model, settings))
     model.generator.max_tokens = min(model.generator.max_tokens, max_tokens or model.generator.max_tokens)
     settings = settings.model_copy(update={"generator_model": name})

@@ -1,8 +1,9 @@
 """The benchmark's arithmetic on numbers made by hand, and that what it compares is comparable."""
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from hypothesis import strategies as st
 
 from core.base_models import BaseModel
 from core.costs import Stages, flop_stages
-from core.errors import ConfigError, TooLargeError
+from core.errors import ConfigError, EngineError, TooLargeError
 from core.generator import load_generator
 from core.model import Model
 from core.packed_linear import can_pack, pack_network
 from core.pipeline import prepare
 from core.tokenization import encode
-from service.benchmark.engine import COMPRESSING, Case, Measured, plan_cases, summarise
+from service.benchmark.engine import COMPRESSING, Case, Measured, plan_cases, run_case, summarise
 from service.benchmark.load import require_loopback
 from service.benchmark.questions import exact_text, make_questions
 from service.benchmark.scaling import run_curve
 from service.benchmark.shapes import compressor_flops, generator_flops, linear_weights
 from service.benchmark.statistics import fit_slope, paired_ratios, percentiles, spread
 from service.benchmark.tables import table
-from service.benchmark.variants import VARIANTS, without_end
+from service.benchmark.variants import VARIANTS, Work, without_end
 
 SMALL = Case(passages=3, batch=2, passage_tokens=40, query_tokens=8, new_tokens=6)
 
@@ -91,6 +92,27 @@ def test_passages_differ_in_length_by_a_share(model: Model) -> None:
     assert 20 <= min(lengths) < 30
     assert 50 < max(lengths) <= 60
     assert {len(encode(tokenizer, question.query).ids) for question in varied} == {8}
+
+
+def test_a_variant_that_fails_is_left_out_of_its_case(model: Model) -> None:
+    runs = 0
+
+    def fails_late(*arguments: Any) -> Work:
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            raise EngineError("the generator makes no progress")
+        return VARIANTS["text"](*arguments)
+
+    notes: list[str] = []
+    compared = {**VARIANTS, "late": fails_late}
+    wide = replace(SMALL, new_tokens=2, passages=2)
+    entry = run_case(model, wide, 2, notes.append, compared)
+    assert set(entry["variants"]) == set(VARIANTS)
+    assert f"{wide.label}: late is left out: the generator makes no progress" in notes
+    entry = run_case(model, replace(wide, new_tokens=8192), 1, notes.append)
+    assert entry["variants"] == {}
+    assert sum("8192 new tokens are over" in note for note in notes) == len(VARIANTS)
 
 
 def test_a_table_is_aligned() -> None:

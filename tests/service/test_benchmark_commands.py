@@ -10,9 +10,11 @@ import pytest
 
 from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig
+from core.errors import EngineError
 from core.model import Model, build_model
 from service.benchmark.__main__ import main
 from service.benchmark.direct import answer_directly
+from service.benchmark.engine import Case, run_case
 from service.benchmark.load import Outcome, closed_loop, connect, open_loop, summarise
 from tests.service.conftest import Serve
 
@@ -71,6 +73,22 @@ def test_engine_compares_some_variants_over_passages_of_many_lengths(
     assert "6 x 32 ± 80%, batch 2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["engine", "--vary", "1"])
+
+
+def test_what_was_measured_outlives_what_stops_the_rest(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_first(model: Model, case: Case, *more: Any) -> dict[str, Any]:
+        if case.batch > 1:
+            raise EngineError("the machine is gone")
+        return run_case(model, case, *more)
+
+    monkeypatch.setattr("service.benchmark.commands.run_case", run_first)
+    arguments = ["engine", "--quick", "--passages", "2", "--passage-tokens", "32", "--variants", "text"]
+    assert main([*arguments, "--checkpoint", str(root / "first"), "--output", str(tmp_path)]) == 2
+    assert "the machine is gone" in capsys.readouterr().err
+    (case,) = json.loads((tmp_path / "engine.json").read_text())["cases"]
+    assert set(case["variants"]) == {"text"}
 
 
 def test_scaling_fits_each_stage(root: Path, tmp_path: Path) -> None:
