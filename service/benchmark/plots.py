@@ -52,7 +52,8 @@ def _engine(result: Entry) -> Figure:
     plain = [case for case in result["cases"] if case["query_tokens"] == result["cases"][0]["query_tokens"]]
     panels = (("answers_per_s", "answers/s"), ("first_token", "first token, times sooner"), ("flops", "FLOPs, fewer"))
     figure = Figure(figsize=(len(panels) * SIZE[0], SIZE[1]))
-    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    drawn = figure.subplots(1, len(panels))
+    for axes, (key, label) in zip(drawn, panels, strict=True):
         for batch, style in zip(sorted({case["batch"] for case in plain}), ("o-", "s--"), strict=False):
             cases = sorted((case for case in plain if case["batch"] == batch), key=lambda case: int(case["passages"]))
             for name, colour in COLOURS.items():
@@ -60,7 +61,10 @@ def _engine(result: Entry) -> Figure:
         if key == "flops":
             _paper(axes, result["paper"])
         axes.axhline(1, color=COLOURS["text"], linewidth=1)
-        _label(axes, "passages", f"{label}, over text")
+        _label(axes, "passages", f"{label}, over text", legend=False)
+    # One legend for all, beside them: a dozen lines leave no room inside.
+    named = {name: line for axes in drawn for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn[-1].legend(named.values(), named.keys(), fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -99,6 +103,7 @@ def _stages(result: Entry) -> Figure:
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize="small")
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     _label(axes, "seconds a batch", "")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -130,10 +135,10 @@ def _growth(axes: Axes, curve: Entry, seconds: Sequence[float], name: str, colou
         axes.loglog(curve["sizes"], seconds, "o-", color=colour, label=label, linewidth=1.2, markersize=4)
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
+def _label(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
