@@ -33,37 +33,26 @@ def _sigmoid(logits: Values) -> Values:
 def fit_platt(scores: Sequence[float], labels: Sequence[bool], *, iterations: int = 100) -> PlattScaling:
     """Logistic regression on one score by damped Newton steps (Platt 1999; Lin, Lin and Weng 2007).
 
+    The targets are Platt's, (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that separable scores give finite weights.
     Raises ValueError unless both labels occur.
     """
-    raw = np.asarray(scores, dtype=np.float64)
-    weights, bias = fit_logistic(raw[:, None], np.asarray(labels, dtype=bool), iterations=iterations)
-    return PlattScaling(float(weights[0]), bias)
-
-
-def fit_logistic(features: Values, positive: NDArray[np.bool_], *, iterations: int = 100) -> tuple[Values, float]:
-    """Logistic regression on (n, k) features: weights (k,) and bias of the logit.
-
-    The targets are Platt's, (n+ + 1) / (n+ + 2) and 1 / (n- + 2), so that separable features give finite weights.
-    Raises ValueError unless both labels occur.
-    """
+    raw, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     count = int(positive.sum())
     if count in (0, len(positive)):
         raise ValueError("calibration needs relevant and irrelevant passages")
     targets = np.where(positive, (count + 1) / (count + 2), 1 / (len(positive) - count + 2))
-    centre, spread = features.mean(0), features.std(0)
-    spread = np.where(spread > 0, spread, 1.0)  # standardised features keep the Newton step well conditioned
-    design = np.column_stack([(features - centre) / spread, np.ones(len(features))])  # (n, k + 1)
-    weights = np.zeros(design.shape[1])
+    centre, spread = raw.mean(), raw.std() or 1.0  # standardised scores keep the Newton step well conditioned
+    design = np.column_stack([(raw - centre) / spread, np.ones_like(raw)])  # (passages, 2)
+    weights = np.zeros(2)
     for _ in range(iterations):
         probability = _sigmoid(design @ weights)
         gradient = design.T @ (probability - targets)
-        curvature = (design * (probability * (1 - probability))[:, None]).T @ design + 1e-9 * np.eye(len(weights))
+        curvature = (design * (probability * (1 - probability))[:, None]).T @ design + 1e-9 * np.eye(2)
         step = _damped(design, targets, weights, np.linalg.solve(curvature, gradient))
         weights = weights - step
         if float(np.abs(step).max()) < 1e-10:
             break
-    slopes = weights[:-1] / spread
-    return slopes, float(weights[-1] - slopes @ centre)
+    return PlattScaling(float(weights[0] / spread), float(weights[1] - weights[0] * centre / spread))
 
 
 def _damped(design: Values, targets: Values, weights: Values, step: Values) -> Values:

