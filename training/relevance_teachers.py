@@ -5,9 +5,9 @@ where a compressor trained on one kind of question is not, and the compressor ma
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from training.calibration import fit_platt
 from training.cross_encoder import CrossEncoder, Pair
 from training.data_format import Row
 from training.data_quality import DataError
-from training.dense import DenseEncoder, best_cosines, load_dense
+from training.dense import best_cosines, load_dense
+from training.metrics import gold_first
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +44,16 @@ class EmbeddingTeacher:
 
     def __init__(self, model: str) -> None:
         """`model` is a demo model's name, a folder or a hub id. Raises BaseModelError."""
-        self._encode: DenseEncoder = load_dense(model)
+        self._encode = load_dense(model)
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """Cosines; of a long passage the best of its windows."""
         by_query = _by_query(pairs)
-        scores = [0.0] * len(pairs)
-        for query, indices in by_query.items():
-            cosines = best_cosines(self._encode, query, [pairs[index][1] for index in indices])
-            for index, cosine in zip(indices, cosines, strict=True):
-                scores[index] = cosine
-        return scores
+        scored = [
+            best_cosines(self._encode, query, [pairs[index][1] for index in indices])
+            for query, indices in by_query.items()
+        ]
+        return _in_order(by_query, scored)
 
 
 class CompressorTeacher:
@@ -70,11 +70,8 @@ class CompressorTeacher:
             prepare(self._model, query, [Passage(pairs[index][1]) for index in indices])
             for query, indices in by_query.items()
         ]
-        scores = [0.0] * len(pairs)
-        for indices, passages in zip(by_query.values(), compress(self._model, requests), strict=True):
-            for index, passage in zip(indices, passages, strict=True):
-                scores[index] = passage.score
-        return scores
+        scored = [[passage.score for passage in passages] for passages in compress(self._model, requests)]
+        return _in_order(by_query, scored)
 
 
 class Ensemble:
@@ -93,12 +90,12 @@ class Ensemble:
         usable = usable[:: max(1, len(usable) // FIT_ROWS)]
         features = self._features([(row.query, passage.content) for row in usable for passage in row.passages])
         gold = np.array([passage.relevant for row in usable for passage in row.passages])
-        owners = np.repeat(np.arange(len(usable)), [len(row.passages) for row in usable])
-        weights = fit_weights(features, gold, owners)
+        sizes = [len(row.passages) for row in usable]
+        weights = fit_weights(features, gold, sizes)
         platt = fit_platt((features @ weights).tolist(), gold.tolist())
         self.weights, self.bias = platt.scale * weights, platt.bias
-        alone = [_gold_first(column, gold, owners) for column in features.T]
-        together = _gold_first(features @ self.weights, gold, owners)
+        alone = [_gold_first(column, gold, sizes) for column in features.T]
+        together = _gold_first(features @ self.weights, gold, sizes)
         log.info(
             "relevance = %s %+.2f; gold passage first of %d rows: %.1f %% together, alone %s",
             " ".join(f"{weight:+.3g} x reranker {number + 1}" for number, weight in enumerate(self.weights)),
@@ -117,29 +114,25 @@ class Ensemble:
         return np.column_stack([teacher.scores(pairs) for teacher in self._teachers])  # (pairs, teachers)
 
 
-def fit_weights(features: Values, gold: NDArray[np.bool_], owners: NDArray[np.int64]) -> Values:
+def fit_weights(features: Values, gold: NDArray[np.bool_], sizes: Sequence[int]) -> Values:
     """Weights (k,) of features (n, k) under which a softmax over each question's passages is nearest to its gold ones.
 
-    The conditional logit (McFadden 1974), with a small ridge; `owners` (n,) numbers the question of each passage, from
-    0, and each question has a gold one.
+    The conditional logit (McFadden 1974), with a small ridge; `sizes` are the passages of each question, which follow
+    one another; each question has a gold one.
     """
-    count = int(owners.max()) + 1
-    means = np.zeros((count, features.shape[1]))
-    np.add.at(means, owners, features / np.bincount(owners)[owners, None])
-    within = features - means[owners]  # what all passages of a question share does not rank them
+    # What all passages of a question share does not rank them.
+    within = np.concatenate([each - each.mean(0) for each in _by_question(features, sizes)])
     spread = np.where(within.std(0) > 0, within.std(0), 1.0)
-    scaled, owner = torch.from_numpy(within / spread), torch.from_numpy(owners)
-    target = torch.from_numpy(gold.astype(np.float64))
-    target = target / torch.zeros(count, dtype=torch.float64).index_add(0, owner, target)[owner]  # 1 in all a question
+    scaled = torch.from_numpy(within / spread)
+    target = torch.from_numpy(np.concatenate([each / each.sum() for each in _by_question(gold, sizes)]))
     weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
         logits = scaled @ weights
-        top = torch.full((count,), -torch.inf, dtype=torch.float64).scatter_reduce(0, owner, logits.detach(), "amax")
-        mass = torch.zeros(count, dtype=torch.float64).index_add(0, owner, (logits - top[owner]).exp())
-        value = ((mass.log() + top).sum() - target @ logits) / count + RIDGE * weights.square().sum()
+        mass = torch.stack([each.logsumexp(0) for each in logits.split(list(sizes))]).sum()
+        value = (mass - target @ logits) / len(sizes) + RIDGE * weights.square().sum()
         value.backward()
         return value
 
@@ -175,20 +168,24 @@ def _by_query(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     return found
 
 
+def _in_order(by_query: Mapping[str, Sequence[int]], scored: Sequence[Sequence[float]]) -> list[float]:
+    """The scores of each query's pairs, in the order of all pairs."""
+    places = [index for indices in by_query.values() for index in indices]
+    values = [score for scores in scored for score in scores]
+    return [score for _, score in sorted(zip(places, values, strict=True))]
+
+
 def _tells(row: Row) -> bool:
     """Whether all passages are known to be gold or not, and there are both."""
     known = all(passage.relevance is not None for passage in row.passages)
     return known and len({passage.relevant for passage in row.passages}) == 2
 
 
-def _gold_first(
-    scores: Values,
-    gold: NDArray[np.bool_],
-    owners: NDArray[np.int64],
-) -> float:
-    """Per cent of rows whose best passage is gold; a gold one that ties with another does not count."""
-    count = int(owners.max()) + 1
-    best, best_gold = np.full(count, -np.inf), np.full(count, -np.inf)
-    np.maximum.at(best, owners[~gold], scores[~gold])
-    np.maximum.at(best_gold, owners[gold], scores[gold])
-    return float((best_gold > best).mean() * 100)
+def _by_question(values: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+def _gold_first(scores: Values, gold: NDArray[np.bool_], sizes: Sequence[int]) -> float:
+    """Per cent of the questions whose best passage is gold."""
+    questions = zip(_by_question(scores, sizes), _by_question(gold, sizes), strict=True)
+    return 100 * float(np.mean([gold_first(own.tolist(), gains.tolist()) for own, gains in questions]))

@@ -37,7 +37,7 @@ def engine(options: argparse.Namespace, settings: Settings, notify: Notify) -> I
     if options.vllm_url:
         require_loopback(options.vllm_url)
     model = load_model(settings)
-    own = {name: VARIANTS[name] for name in VARIANTS if name in options.variants}
+    own = {name: run for name, run in VARIANTS.items() if name in options.variants}
     compared = {**own, **(vllm_variants(model, options.vllm_url) if options.vllm_url else {})}
     if options.quick:
         options.passages, options.batch, options.new_tokens, options.repeats = options.passages[:1], 2, 4, 1

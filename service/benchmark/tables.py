@@ -83,9 +83,7 @@ def show_stages(result: Entry) -> str:
     """Seconds of a batch by stage, and memory, one row a case and variant."""
     rows = [_stages_row(case, name, figures) for case in result["cases"] for name, figures in case["variants"].items()]
     headings = ("passages, batch", "variant", *STAGES, "all", "peak MiB", "of it working")
-    above = (
-        "Seconds of a batch by stage; memory of one batch at its most, and how much of that was there before it not."
-    )
+    above = "Seconds of a batch by stage; memory of one batch at its most, and how much of that came with it."
     return f"{above}\n{table(headings, rows)}"
 
 
