@@ -72,8 +72,9 @@ class LossConfig:
     answer            cross entropy on the target answer's tokens
     kl                divergence from the teacher's stored top-k logits, at `kl_temperature`
     relevance         on relevance scores, a mean over passages: the paper's lambda, on a sum, times its 5 passages is
-                      0.25; `relevance_kind`: `mse` to a teacher reranker's scores (the paper), `bce` or `bce_listwise`
-                      to 0/1 labels or probabilities
+                      0.25; `relevance_kind`: `mse` to a teacher reranker's scores (the paper) or `mse_listwise`, which
+                      also learns how they compare within a question; `bce` or `bce_listwise` to 0/1 labels or
+                      probabilities
     alignment         pointer readout only: minus log of the probability that a pointer finds the answer's tokens
     """
 
@@ -81,7 +82,7 @@ class LossConfig:
     kl: Weight = 0.0
     kl_temperature: Annotated[float, Field(gt=0)] = 1.0
     relevance: Weight = 0.05
-    relevance_kind: Literal["mse", "bce", "bce_listwise"] = "mse"
+    relevance_kind: Literal["mse", "mse_listwise", "bce", "bce_listwise"] = "mse"
     alignment: Weight = 0.0
 
     @property

@@ -26,25 +26,33 @@ def kl_loss(logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, tempe
 
 
 def relevance_loss(
-    scores: Tensor, targets: Tensor, example: Tensor, kind: Literal["mse", "bce", "bce_listwise"]
+    scores: Tensor, targets: Tensor, example: Tensor, kind: Literal["mse", "mse_listwise", "bce", "bce_listwise"]
 ) -> Tensor:
     """Sum over passages of the loss on relevance scores.
 
     scores (P,) float32 raw passage scores; targets (P,) a teacher's scores (`mse`, OSCAR sec. 4.4) or 0/1 labels;
-    example (P,) int64, which example each passage belongs to. `bce_listwise` adds, for each example that has both
-    kinds, minus the log of the softmax mass on its relevant passages (ListNet, Cao et al. 2007).
+    example (P,) int64, which example each passage belongs to. The listwise kinds add, for each example, how far its
+    passages' softmax is from the right one (ListNet, Cao et al. 2007): `mse_listwise` the divergence from the softmax
+    of the teacher's scores, `bce_listwise` minus the log of the mass on its relevant passages, where it has both kinds.
     """
-    if kind == "mse":
-        return functional.mse_loss(scores, targets, reduction="sum")
-    loss = functional.binary_cross_entropy_with_logits(scores, targets, reduction="sum")
-    if kind == "bce":
+    taught = kind in ("mse", "mse_listwise")
+    pointwise = functional.mse_loss if taught else functional.binary_cross_entropy_with_logits
+    loss = pointwise(scores, targets, reduction="sum")
+    if kind in ("mse", "bce"):
         return loss
-    for index in example.unique():
-        inside = example == index
-        group, relevant = scores[inside], targets[inside] >= RELEVANT
-        if relevant.any() and not relevant.all():
-            loss = loss + group.logsumexp(0) - group[relevant].logsumexp(0)
-    return loss
+    within = _divergence if taught else _missed_mass
+    return loss + sum(within(scores[example == index], targets[example == index]) for index in example.unique())
+
+
+def _divergence(scores: Tensor, teacher: Tensor) -> Tensor:
+    return functional.kl_div(scores.log_softmax(0), teacher.log_softmax(0), reduction="sum", log_target=True)
+
+
+def _missed_mass(scores: Tensor, labels: Tensor) -> Tensor:
+    relevant = labels >= RELEVANT
+    if not relevant.any() or relevant.all():
+        return scores.new_zeros(())
+    return scores.logsumexp(0) - scores[relevant].logsumexp(0)
 
 
 def alignment_loss(logits: Tensor, hits: Tensor, exists: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:
     tqdm.write(str(report))
     if not rows:
         raise ConfigError(f"{key} {name}: has no usable row; `prepare` writes such files")
-    if config.loss.relevance > 0 and config.loss.relevance_kind != "mse":
+    if config.loss.relevance > 0 and config.loss.relevance_kind in ("bce", "bce_listwise"):
         check_relevance(rows, key, config.loss.relevance_kind)
     return rows
 

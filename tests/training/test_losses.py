@@ -43,6 +43,15 @@ def test_relevance_mse_is_the_sum_of_squares() -> None:
     assert relevance_loss(scores, targets, torch.tensor([0, 0]), "mse").item() == pytest.approx(0.25 + 16)
 
 
+def test_mse_listwise_adds_the_divergence_from_the_teachers_softmax_of_each_question() -> None:
+    scores, targets = torch.tensor([0.0, 0.0, 5.0]), torch.tensor([math.log(3), 0.0, -1.0])
+    example = torch.tensor([0, 0, 1])
+    mse = relevance_loss(scores, targets, example, "mse").item()
+    # (3/4, 1/4) against (1/2, 1/2); one passage alone compares with nothing
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert relevance_loss(scores, targets, example, "mse_listwise").item() - mse == pytest.approx(divergence, rel=1e-4)
+
+
 def test_listwise_adds_only_examples_with_both_kinds() -> None:
     scores, targets = torch.tensor([1.0, 0.0, 3.0]), torch.tensor([1.0, 0.0, 1.0])
     example = torch.tensor([0, 0, 1])
