@@ -8,7 +8,7 @@ from core.config import PromptConfig
 from core.generator import Generator
 from training.data_format import Row, RowPassage
 from training.journal import Journal
-from training.label import LabelConfig, label_rows
+from training.labelling import LabelConfig, label_rows
 from training.teachers import LocalTeacher, TeacherAnswer
 
 

@@ -5,6 +5,7 @@ mend (1); either is one line that names the option.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,13 +44,25 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def share(text: str) -> float:
     """The type of an option that is a share, 0 or more and below 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
+    number = _number(text)
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
     return number
+
+
+def amount(text: str) -> float:
+    """The type of an option that is a finite number, 0 or more."""
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def device(text: str) -> str:

@@ -1,36 +1,32 @@
 """`label`: teacher's answers, logits and relevance scores for prepared rows.
 
 Goes on where it was when killed: finished blocks are in a journal beside the output, which itself appears only when
-all of it is done. Does not know how a teacher answers.
+all of it is done.
 """
 
 import argparse
 import logging
-import math
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from core.base_models import resolve_base_model
 from core.config import PromptConfig
 from core.errors import ConfigError
 from core.generator import load_generator
 from core.manifest import sha256_of
-from training.answer_match import answer_words, contains, words
-from training.arguments import check_file, check_out_file, check_out_folder, device, whole
-from training.chat_endpoint import ChatEndpoint, check_url
+from training.arguments import amount, check_file, check_out_file, check_out_folder, device, whole
+from training.chat_endpoint import ChatEndpoint
 from training.data_format import Row, read_rows, write_rows
 from training.data_quality import DataError, ReadPolicy
 from training.journal import Journal
-from training.relevance_teachers import RelevanceTeacher, make_relevance_teacher
-from training.teacher_logits import SHARD_PATTERN, shard_path, tokenizer_fingerprint, write_shard
-from training.teachers import EndpointTeacher, LocalTeacher, Teacher, TeacherAnswer
+from training.labelling import LabelConfig, label_rows, lacks_gold
+from training.relevance_teachers import make_relevance_teacher
+from training.teacher_logits import SHARD_PATTERN, tokenizer_fingerprint
+from training.teachers import EndpointTeacher, LocalTeacher, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -48,117 +44,9 @@ examples:
   # no teacher: gold answers are the targets, only relevance is scored
   python -m training label --data train.jsonl.gz --reranker BAAI/bge-reranker-base --out train.labelled.jsonl.gz
   # relevance from what a checkpoint knows and an embedding model beside it, combined by gold passages of other rows
-  python -m training label --data train.jsonl.gz --reranker checkpoint:checkpoints/demo dense:minilm-l6 \
+  python -m training label --data train.jsonl.gz --reranker checkpoint:checkpoints/demo dense:minilm-l6 \\
       --fit-data dev.jsonl --out train.ranked.jsonl.gz
 """
-
-
-@dataclass(frozen=True, slots=True)
-class LabelConfig:
-    """What is asked of whom.
-
-    teacher          a base model's name, or with `endpoint` the model's name there; empty: gold answers stay
-    endpoint         URL of an OpenAI-compatible server, up to and with /v1
-    top_k            log-probabilities kept at each answer token; 0: none
-    reranker         cross-encoders, `dense:` embedding models, `checkpoint:` folders; none: relevance stays as it is
-    score            `logit`: the reranker's raw score (OSCAR sec. 4.4); `probability`: its sigmoid
-    relabel          answer again where the row already has a teacher's answer
-    must_contain_gold  an answer of the teacher's without any gold answer in it is not taken; the paper takes it
-    """
-
-    teacher: str = ""
-    endpoint: str = ""
-    max_new_tokens: int = 128
-    top_k: int = 0
-    system: str = PromptConfig().system
-    reranker: Sequence[str] = ()
-    score: Literal["logit", "probability"] = "logit"
-    relabel: bool = False
-    must_contain_gold: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.teacher and not self.reranker:
-            raise ConfigError("give --teacher, --reranker or both: else there is nothing to label")
-        if self.endpoint and not self.teacher:
-            raise ConfigError("--endpoint: also name the model there with --teacher")
-        if self.endpoint and self.top_k:
-            raise ConfigError("--logits: an endpoint gives no token ids; use a local teacher")
-        if self.endpoint:
-            check_url(self.endpoint, "--endpoint")
-
-
-def label_rows(
-    rows: Sequence[Row],
-    config: LabelConfig,
-    teacher: Teacher | None,
-    reranker: RelevanceTeacher | None,
-    journal: Journal,
-    *,
-    block: int = 16,
-    logits: Path | None = None,
-    tokenizer: str = "",
-) -> list[Row]:
-    """`rows` with their labels, in order. What the journal has is not asked again.
-
-    logits      folder of the shards; one is written before the journal says that its rows are done, so a kill
-                between the two makes the block again, shard and all
-    tokenizer   fingerprint of the teacher's tokenizer, written with the logits
-    """
-    missing: Counter[str] = Counter()
-    waiting = [(number, row) for number, row in enumerate(rows) if row.id not in journal.rows]
-    with tqdm(
-        total=len(rows), initial=len(rows) - len(waiting), desc="labelling", unit="row", disable=None
-    ) as progress:
-        for start in range(0, len(waiting), block):
-            number = waiting[start][0]
-            members = [row for _, row in waiting[start : start + block]]
-            answers = _ask(members, teacher, config)
-            if logits is not None:
-                targets = {i: answer.targets for i, answer in answers.items() if answer.targets is not None}
-                write_shard(shard_path(logits, number), list(targets), list(targets.values()), tokenizer)
-            missing.update(answer.missing for answer in answers.values() if answer.missing)
-            labelled = [_with_answer(row, answers.get(row.id)) for row in members]
-            journal.add(_with_scores(labelled, reranker, config.score) if reranker else labelled)
-            progress.update(len(members))
-    for reason, count in missing.most_common():
-        log.warning("%d rows keep the answers they came with: %s", count, reason)
-    return [journal.rows[row.id] for row in rows]
-
-
-def _ask(rows: Sequence[Row], teacher: Teacher | None, config: LabelConfig) -> dict[str, TeacherAnswer]:
-    """The teacher's answers by row id, for the rows that are to be answered."""
-    asked = [row for row in rows if config.relabel or row.teacher_answer is None]
-    if teacher is None or not asked:
-        return {}
-    answers = dict(zip([row.id for row in asked], teacher.answer(asked), strict=True))
-    if config.must_contain_gold:
-        strange = [row.id for row in asked if lacks_gold(row, answers[row.id].text)]
-        answers |= dict.fromkeys(strange, TeacherAnswer("", missing="the teacher's answer contains no gold answer"))
-    return answers
-
-
-def lacks_gold(row: Row, text: str) -> bool:
-    """Whether `text` is an answer in which none of the row's gold answers stands, word for word."""
-    gold = answer_words(row.answers)
-    return bool(text and gold) and not contains(words(text), gold)
-
-
-def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
-    return replace(row, teacher_answer=answer.text) if answer is not None and answer.text else row
-
-
-def _with_scores(rows: Sequence[Row], reranker: RelevanceTeacher, score: str) -> list[Row]:
-    """`rows` with the reranker's scores as relevance, all their passages scored together."""
-    scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
-    scale = _sigmoid if score == "probability" else float
-    return [
-        replace(row, passages=tuple(replace(passage, relevance=scale(next(scores))) for passage in row.passages))
-        for row in rows
-    ]
-
-
-def _sigmoid(logit: float) -> float:
-    return 0.5 * (1.0 + math.tanh(0.5 * logit))  # does not overflow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score", choices=("logit", "probability"), default="logit", help="form of them (default logit)"
     )
+    parser.add_argument(
+        "--gold-bonus",
+        type=amount,
+        default=defaults["gold_bonus"],
+        help="added to the logit of a passage that --data says is gold (default 0, as the paper)",
+    )
     parser.add_argument("--relabel", action="store_true", help="also answer rows that have a teacher's answer")
     parser.add_argument(
         "--must-contain-gold",
@@ -219,6 +113,7 @@ def config_from(args: argparse.Namespace) -> LabelConfig:
         system=args.system,
         reranker=args.reranker,
         score=args.score,
+        gold_bonus=args.gold_bonus,
         relabel=args.relabel,
         must_contain_gold=args.must_contain_gold,
     )
@@ -255,8 +150,7 @@ def run(args: argparse.Namespace) -> None:
         teacher, tokenizer = _make_teacher(config, args, proven=bool(journal.rows))
         reranker = None
         if config.reranker:
-            fit_rows = read_rows(args.fit_data, ReadPolicy(need_answer=False))[0] if args.fit_data else rows
-            reranker = make_relevance_teacher(config.reranker, fit_rows, args.device)
+            reranker = make_relevance_teacher(config.reranker, _fit_rows(args, rows), args.device)
         labelled = label_rows(
             rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
         )
@@ -289,6 +183,15 @@ def _make_teacher(config: LabelConfig, args: argparse.Namespace, *, proven: bool
     generator = load_generator(resolve_base_model(config.teacher), device=args.device, dtype=dtype)
     fingerprint = tokenizer_fingerprint(generator.tokenizer.get_vocab())
     return LocalTeacher(generator, prompt, config.max_new_tokens, config.top_k), fingerprint
+
+
+def _fit_rows(args: argparse.Namespace, rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows that several rerankers are combined by; what was wrong with others of --fit-data is logged."""
+    if args.fit_data is None:
+        return rows
+    found, report = read_rows(args.fit_data, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
+    log.info("--fit-data: %s", report)
+    return found
 
 
 def _require_no_strangers(logits: Path | None, journal: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertForSequenceClassification
@@ -22,7 +23,7 @@ from training.cross_encoder import CrossEncoder
 from training.data_format import Row, RowPassage, read_rows, write_rows
 from training.data_quality import ReadPolicy
 from training.journal import Journal
-from training.label import LabelConfig, label_rows
+from training.labelling import LabelConfig, label_rows
 from training.teacher_logits import TeacherLogits, tokenizer_fingerprint
 from training.teachers import LocalTeacher
 
@@ -171,6 +172,18 @@ def test_without_a_teacher_gold_answers_stay_and_relevance_is_scored(reranker: P
     assert [p.relevance for row in rows for p in row.passages] == pytest.approx(scores, abs=1e-5)
 
 
+def test_a_gold_passage_gets_the_bonus_on_its_logit_and_no_other_does(reranker: Path, tmp_path: Path) -> None:
+    data, plain, raised = tmp_path / "rows.jsonl", tmp_path / "plain.jsonl", tmp_path / "raised.jsonl"
+    gold = RowPassage("The Rhine rises in the Alps.", relevance=1.0)
+    others = (RowPassage("Bread is baked.", relevance=0.0), RowPassage("Nobody knows of this one."))
+    write_rows(data, [row(0, passages=(gold, *others))])
+    command = ["label", "--data", str(data), "--reranker", str(reranker), "--device", "cpu"]
+    assert main([*command, "--out", str(plain)]) == 0
+    assert main([*command, "--gold-bonus", "2.5", "--out", str(raised)]) == 0
+    before, after = ([p.relevance or 0.0 for p in read_rows(path)[0][0].passages] for path in (plain, raised))
+    assert np.subtract(after, before) == pytest.approx([2.5, 0.0, 0.0], abs=1e-5)
+
+
 def test_a_teachers_answer_is_kept_unless_it_is_to_be_made_again(generator: Generator, tmp_path: Path) -> None:
     teacher = CountingTeacher(generator)
     rows = [row(0, teacher_answer="kept"), row(1)]
@@ -200,6 +213,7 @@ def test_a_prompt_without_room_for_an_answer_keeps_its_gold_answer(
     ("arguments", "message"),
     [
         ([], "nothing to label"),
+        (["--teacher", "t", "--gold-bonus", "2"], "--gold-bonus: is added to a reranker's score"),
         (["--endpoint", "http://x/v1", "--reranker", "r"], "also name the model"),
         (["--endpoint", "http://x/v1", "--teacher", "t", "--logits", "l"], "use a local teacher"),
         (["--endpoint", "localhost:9/v1", "--teacher", "t"], "--endpoint: must be a URL such as http://"),
