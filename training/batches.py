@@ -16,6 +16,7 @@ from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
 from training.teacher_logits import TeacherLogits, TokenTargets
 
+SPANLESS = {"yes", "no"}  # answers that are no span of a passage, wherever the word stands
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
 
 
@@ -179,9 +180,11 @@ def find_hits(
 
     With windows (`pointer_window` > 1) a pointer is right at an answer's first token, or at the first that the same
     token of the compressor covers (`readouts.candidates`); without, at any of the answer's tokens.
-    Passages known not to be relevant have no right place.
+    Passages known not to be relevant have no right place, and no passage has one for yes or no.
     """
-    words = "|".join(sorted({re.escape(answer.strip()) for answer in answers if answer.strip()}, key=len, reverse=True))
+    spans = {answer.strip() for answer in answers} - {""}
+    spans = {span for span in spans if span.lower() not in SPANLESS}
+    words = "|".join(sorted(map(re.escape, spans), key=len, reverse=True))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
     windowed = model.config.compressor.pointer_window > 1
     spans_of: dict[int, list[tuple[int, int]]] = {}

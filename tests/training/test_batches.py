@@ -195,6 +195,12 @@ def test_hits_are_places_where_a_window_can_begin(pointing: Model) -> None:
     assert all(allowed[row, token] for row, tokens in enumerate(hits) for token in tokens)
 
 
+def test_yes_and_no_are_no_place_in_a_passage(pointing: Model) -> None:
+    passages = (RowPassage("No station was closed; yes, all of them run.", relevance=1.0),)
+    assert found(pointing, passages, ["no", "Yes"]) == [""]
+    assert found(pointing, passages, ["no", "station"]) != [""]
+
+
 def test_hits_need_whole_words(pointing: Model) -> None:
     passages = (RowPassage("someone found 1,230 in 12 towns", relevance=1.0),)
     assert found(pointing, passages, ["one", "230 i", "2"]) == [""]
