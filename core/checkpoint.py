@@ -32,7 +32,16 @@ from core.errors import CheckpointError
 from core.generator import Generator, adapter_shapes, load_generator, merge_lora
 from core.golden import read_golden, write_golden
 from core.golden_check import record_golden, verify_golden
-from core.manifest import ALLOWED, DTYPES, dtype_name, parse_json, read_bounded, read_manifest, write_manifest
+from core.manifest import (
+    ALLOWED,
+    DTYPES,
+    dtype_name,
+    parse_json,
+    read_bounded,
+    read_manifest,
+    version_name,
+    write_manifest,
+)
 from core.model import Model, build_compressor, place
 from core.pretrained import check_causal_size, check_layers, read_config
 from core.prompts import PromptTemplate
@@ -128,7 +137,7 @@ def load_checkpoint(
     source = manifest.encoder
     encoder = None if source is None else BaseModel(source.name, folder / ENCODER, source.sha256)
     model = _assemble(folder, config, base, encoder, DTYPES[manifest.dtype], torch.device(device), dtype)
-    model.name = f"{folder.name}@{digest[:12]}"
+    model.name = version_name(folder, digest)
     model.golden = read_golden(folder, model.generator.hidden_size)
     if verify:
         verify_golden(model, model.golden)

@@ -136,6 +136,11 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(text).hexdigest()
 
 
+def version_name(folder: Path, digest: str) -> str:
+    """What a checkpoint is called: the folder's name and the beginning of its manifest's sha256."""
+    return f"{folder.name}@{digest[:12]}"
+
+
 def scan(folder: Path) -> dict[str, int]:
     """Size in bytes of every file in `folder`, by its path there.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import BaseModelError, CheckpointError, ConfigError
-from core.manifest import MANIFEST, read_bounded
+from core.manifest import MANIFEST, read_bounded, version_name
 from core.model import Model
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
@@ -124,7 +124,7 @@ def version_of(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder.name}: there is no checkpoint of this name")
     digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return f"{folder.name}@{digest[:12]}"
+    return version_name(folder, digest)
 
 
 def available_under(root: Path) -> list[str]:

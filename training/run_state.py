@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import dump_config
 from core.errors import CheckpointError, ConfigError
-from core.manifest import sha256_of
+from core.manifest import MANIFEST, sha256_of, version_name
 from core.model import Model
 from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
@@ -124,7 +124,12 @@ def save_weights(
     adapter = adapter_state(model.generator.model)
     if adapter:
         tensors["adapter.safetensors"] = adapter
-    summary = {"steps": progress.step, "examples": progress.examples, "dev": progress.scores, "start": config.start}
+    summary = {
+        "steps": progress.step,
+        "examples": progress.examples,
+        "dev": progress.scores,
+        "start": _origin(config.start),
+    }
     texts = {
         "config.json": dump_config(dataclasses.replace(model.config, trained=True)),
         "summary.json": json.dumps(summary, indent=2) + "\n",
@@ -134,6 +139,15 @@ def save_weights(
         texts["progress.json"] = json.dumps(dataclasses.asdict(progress))
     if write:
         write_folder(folder, tensors, texts)
+
+
+def _origin(start: str) -> str:
+    """What a run began from, not where that lies on this machine: a checkpoint's version, or a run and its state."""
+    if not start:
+        return ""
+    folder = Path(start)
+    manifest = folder / MANIFEST
+    return version_name(folder, sha256_of(manifest)) if manifest.is_file() else "/".join(folder.parts[-2:])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:

@@ -11,7 +11,17 @@ from core.accelerators.base import Accelerator, CompileSpec
 from core.accelerators.buckets import Bucket, GeneratorBuckets
 from core.config import STRICT
 from core.errors import CheckpointError
-from core.manifest import DTYPES, MANIFEST, DTypeName, Manifest, Sha256, parse_json, read_bounded, sha256_of
+from core.manifest import (
+    DTYPES,
+    MANIFEST,
+    DTypeName,
+    Manifest,
+    Sha256,
+    parse_json,
+    read_bounded,
+    sha256_of,
+    version_name,
+)
 from core.model import Model
 
 FOLDER, RECORD = "graphs", "graphs.json"
@@ -62,7 +72,7 @@ class GraphsRecord:
 def read_record(folder: Path) -> GraphsRecord:
     """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
     digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return read_record_of(folder, f"{folder.name}@{digest[:12]}")
+    return read_record_of(folder, version_name(folder, digest))
 
 
 def read_record_of(folder: Path, version: str) -> GraphsRecord:
