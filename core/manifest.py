@@ -141,6 +141,11 @@ def version_name(folder: Path, digest: str) -> str:
     return f"{folder.name}@{digest[:12]}"
 
 
+def read_version(folder: Path) -> str:
+    """The name that `core.checkpoint.load_checkpoint` will give to what is in `folder`; only the manifest is read."""
+    return version_name(folder, hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest())
+
+
 def scan(folder: Path) -> dict[str, int]:
     """Size in bytes of every file in `folder`, by its path there.
 

@@ -5,13 +5,12 @@ Does not decide which one serves: `service.checkpoints` does, for this process a
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import BaseModelError, CheckpointError, ConfigError
-from core.manifest import MANIFEST, read_bounded, version_name
+from core.manifest import MANIFEST, read_version
 from core.model import Model
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
@@ -123,8 +122,7 @@ def version_of(folder: Path) -> str:
     """The name that `core.checkpoint.load_checkpoint` will give to what is in `folder`, without loading it."""
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder.name}: there is no checkpoint of this name")
-    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return version_name(folder, digest)
+    return read_version(folder)
 
 
 def available_under(root: Path) -> list[str]:

@@ -16,7 +16,7 @@ from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
 from training.teacher_logits import TeacherLogits, TokenTargets
 
-SPANLESS = {"yes", "no"}  # answers that are no span of a passage, wherever the word stands
+SPANLESS = {"", "yes", "no"}  # answers that are no span of a passage, wherever the word stands
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
 
 
@@ -182,8 +182,7 @@ def find_hits(
     token of the compressor covers (`readouts.candidates`); without, at any of the answer's tokens.
     Passages known not to be relevant have no right place, and no passage has one for yes or no.
     """
-    spans = {answer.strip() for answer in answers} - {""}
-    spans = {span for span in spans if span.lower() not in SPANLESS}
+    spans = {span for answer in answers if (span := answer.strip()).lower() not in SPANLESS}
     words = "|".join(sorted(map(re.escape, spans), key=len, reverse=True))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
     windowed = model.config.compressor.pointer_window > 1

@@ -133,8 +133,7 @@ def run(args: argparse.Namespace) -> None:
     journal_path = args.out.with_name(f"{args.out.name}.journal")
     if args.out.exists() and not journal_path.exists():
         raise ConfigError(f"{args.out} already exists and is complete; delete it or give another --out")
-    rows, report = read_rows(args.data, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
-    log.info("%s", report)
+    rows = _read(args.data, args)
     if not rows:
         raise DataError(f"--data {args.data}: no rows to label; `prepare` writes such files")
     _require_no_strangers(args.logits, journal_path)
@@ -150,12 +149,20 @@ def run(args: argparse.Namespace) -> None:
         teacher, tokenizer = _make_teacher(config, args, proven=bool(journal.rows))
         reranker = None
         if config.reranker:
-            reranker = make_relevance_teacher(config.reranker, _fit_rows(args, rows), args.device)
+            fit_rows = _read(args.fit_data, args) if args.fit_data else rows
+            reranker = make_relevance_teacher(config.reranker, fit_rows, args.device)
         labelled = label_rows(
             rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
         )
         _write(args.out, labelled)
         journal.delete()
+
+
+def _read(path: Path, args: argparse.Namespace) -> list[Row]:
+    """The good rows of a file, with answers or without; what was wrong with the others is logged."""
+    rows, report = read_rows(path, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
+    log.info("%s", report)
+    return rows
 
 
 def _write(path: Path, labelled: Sequence[Row]) -> None:
@@ -183,15 +190,6 @@ def _make_teacher(config: LabelConfig, args: argparse.Namespace, *, proven: bool
     generator = load_generator(resolve_base_model(config.teacher), device=args.device, dtype=dtype)
     fingerprint = tokenizer_fingerprint(generator.tokenizer.get_vocab())
     return LocalTeacher(generator, prompt, config.max_new_tokens, config.top_k), fingerprint
-
-
-def _fit_rows(args: argparse.Namespace, rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows that several rerankers are combined by; what was wrong with others of --fit-data is logged."""
-    if args.fit_data is None:
-        return rows
-    found, report = read_rows(args.fit_data, ReadPolicy("refuse" if args.refuse else "skip", need_answer=False))
-    log.info("--fit-data: %s", report)
-    return found
 
 
 def _require_no_strangers(logits: Path | None, journal: Path) -> None:

@@ -41,7 +41,8 @@ def relevance_loss(
     if kind in ("mse", "bce"):
         return loss
     within = _divergence if taught else _missed_mass
-    return loss + sum(within(scores[example == index], targets[example == index]) for index in example.unique())
+    questions = (example == index for index in example.unique())
+    return loss + sum(within(scores[inside], targets[inside]) for inside in questions)
 
 
 def _divergence(scores: Tensor, teacher: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import dump_config
 from core.errors import CheckpointError, ConfigError
-from core.manifest import MANIFEST, sha256_of, version_name
+from core.manifest import MANIFEST, read_version, sha256_of
 from core.model import Model
 from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
@@ -146,8 +146,7 @@ def _origin(start: str) -> str:
     if not start:
         return ""
     folder = Path(start)
-    manifest = folder / MANIFEST
-    return version_name(folder, sha256_of(manifest)) if manifest.is_file() else "/".join(folder.parts[-2:])
+    return read_version(folder) if (folder / MANIFEST).is_file() else "/".join(folder.parts[-2:])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from core.manifest import (
     Sha256,
     parse_json,
     read_bounded,
+    read_version,
     sha256_of,
-    version_name,
 )
 from core.model import Model
 
@@ -71,8 +71,7 @@ class GraphsRecord:
 
 def read_record(folder: Path) -> GraphsRecord:
     """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
-    digest = hashlib.sha256(read_bounded(folder / MANIFEST)).hexdigest()
-    return read_record_of(folder, version_name(folder, digest))
+    return read_record_of(folder, read_version(folder))
 
 
 def read_record_of(folder: Path, version: str) -> GraphsRecord:
