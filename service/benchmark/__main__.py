@@ -29,6 +29,12 @@ EPILOG = """
 """
 
 
+URL_HELP = (
+    "a running service on this machine that serves --checkpoint, with its caches of 0 bytes, as the same requests come "
+    "again (default: starts one)"
+)
+
+
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line: options of all commands, then their own."""
     parser = argparse.ArgumentParser(
@@ -80,7 +86,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--url", default="", help="a running service on this machine that serves --checkpoint (default: starts one)")
+    add("--url", default="", help=URL_HELP)
     add("--key", default="", help="API key, if the service asks for one")
     add("--clients", type=_count, nargs="+", default=[1, 8, 32], help="closed loop: clients that wait for their answer")
     add("--rates", type=float, nargs="*", default=[0.5, 0.9], help="open loop: arrivals, by the saturated throughput")

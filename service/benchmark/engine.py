@@ -115,7 +115,6 @@ def run_case(
 def _measure_cost(model: Model, case: Case, variant: Variant) -> Measured:
     """One run that is not timed: it warms up, and is where operations and memory are taken."""
     questions = case_questions(model, case, seed=0)
-    gc.collect()
     reset_peak_memory(model.device)
     before = current_memory(model.device)
     with flop_stages() as stages:

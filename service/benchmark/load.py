@@ -30,11 +30,15 @@ MAX_RETRY_SECONDS = 1.0  # of a closed loop: Retry-After is made for callers who
 
 @dataclass
 class Outcome:
-    """What the clients of one load saw; seconds. `errors` by code; `refused` is how often there was no room."""
+    """What the clients of one load saw; seconds. `errors` by code; `refused` is how often there was no room.
+
+    cached   chunks that the service did not compress, as it or their document's pass was in a cache
+    """
 
     latencies: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
     completion_tokens: int = 0
+    cached: int = 0
     refused: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -67,7 +71,8 @@ async def closed_loop(
 
     async def client() -> None:
         for body in waiting:  # shared: each body is taken by one client
-            while (retry_after := await _ask(connection, body, outcome)) is not None:
+            due = time.perf_counter()  # of the first attempt: to be refused is to wait
+            while (retry_after := await _ask(connection, body, outcome, due)) is not None:
                 await asyncio.sleep(min(retry_after, MAX_RETRY_SECONDS))
             if time.perf_counter() - began >= seconds:
                 return
@@ -85,7 +90,7 @@ async def open_loop(connection: httpx.AsyncClient, bodies: Sequence[Body], rate:
     for body in bodies:
         await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
         # Waiting is counted from when the request was due: a client that comes late must not hide it.
-        tasks.append(asyncio.create_task(_ask(connection, body, outcome, due=arrival)))
+        tasks.append(asyncio.create_task(_ask(connection, body, outcome, arrival)))
         arrival += source.expovariate(rate)
     await asyncio.gather(*tasks)
     outcome.seconds = time.perf_counter() - began
@@ -103,11 +108,11 @@ def connect(url: str, key: str = "") -> httpx.AsyncClient:
     )
 
 
-async def _ask(
-    connection: httpx.AsyncClient, body: Body, outcome: Outcome, *, due: float | None = None
-) -> float | None:
-    """One request as a stream, noted in `outcome`; seconds after which to try again where it was refused."""
-    began = time.perf_counter() if due is None else due
+async def _ask(connection: httpx.AsyncClient, body: Body, outcome: Outcome, due: float) -> float | None:
+    """One request as a stream, noted in `outcome`; seconds after which to try again where it was refused.
+
+    What it waited is counted from when it was `due`.
+    """
     try:
         async with connection.stream("POST", "/answer", json={**body, "stream": True}) as response:
             if response.status_code in RETRY_STATUS:
@@ -116,13 +121,13 @@ async def _ask(
             if response.status_code != 200:
                 outcome.errors[f"status {response.status_code}"] += 1
                 return None
-            await _read(response, outcome, began)
+            await _read(response, outcome, due)
     except httpx.HTTPError as error:
         outcome.errors[type(error).__name__] += 1
     return None
 
 
-async def _read(response: httpx.Response, outcome: Outcome, began: float) -> None:
+async def _read(response: httpx.Response, outcome: Outcome, due: float) -> None:
     """Follow the events of one answer."""
     name, first = "", None
     async for line in response.aiter_lines():
@@ -135,9 +140,10 @@ async def _read(response: httpx.Response, outcome: Outcome, began: float) -> Non
             if name == "error":
                 outcome.errors[content["error"]["code"]] += 1
                 return
-            outcome.latencies.append(now - began)
-            outcome.first_tokens.append((first or now) - began)
+            outcome.latencies.append(now - due)
+            outcome.first_tokens.append((first or now) - due)
             outcome.completion_tokens += content["usage"]["completion_tokens"]
+            outcome.cached += content["usage"]["cached_chunks"] + content["usage"]["cached_documents"]
             return
     outcome.errors["stream cut"] += 1
 
@@ -164,6 +170,7 @@ def summarise(label: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "latency_s": asdict(percentiles(latencies)) if latencies else None,
         "first_token_s": asdict(percentiles(first_tokens)) if first_tokens else None,
         "refused": sum(outcome.refused for outcome in outcomes),
+        "cached_chunks": sum(outcome.cached for outcome in outcomes),
         "failed": errors.total(),
         "errors": dict(errors),
         "throughput_over_direct": None,

@@ -66,6 +66,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "chunk_tokens": compressor.chunk_tokens,
         "query_tokens": compressor.query_tokens,
         "hybrid_top": model.config.prompt.hybrid_top,
+        "max_tokens": model.generator.max_tokens,
         "dtype": model.number_format,
         "kv_bytes_per_token": _kv_bytes(model),
     }

@@ -43,7 +43,6 @@ def run_curve(
 def _first_run(model: Model, case: Case, variant: str) -> dict[str, Any]:
     """Not timed: it warms up, and is where memory is taken."""
     questions = case_questions(model, case, seed=0)
-    gc.collect()
     reset_peak_memory(model.device)
     before = current_memory(model.device)
     work = VARIANTS[variant](model, questions, case.new_tokens, Stages(clock(model.device)))

@@ -16,7 +16,14 @@ from service.settings import PREFIX, Settings
 
 START_SECONDS = 600
 STOP_SECONDS = 60
-GIVEN = ("checkpoint", "base_model", "dtype", "device", "threads")  # what the command line says, the rest is default
+GIVEN = (
+    "checkpoint",
+    "base_model",
+    "dtype",
+    "quantize",
+    "device",
+    "threads",
+)  # what the command line says, the rest is default
 
 
 @contextlib.contextmanager
@@ -27,7 +34,8 @@ def running_service(settings: Settings) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     values = {name: getattr(settings, name) for name in GIVEN}
     environment |= {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items() if value is not None}
-    environment[f"{PREFIX}EMBEDDING_CACHE_BYTES"] = "0"  # the same requests come again: they are to be computed
+    for cache in ("EMBEDDING_CACHE_BYTES", "DOCUMENT_CACHE_BYTES"):
+        environment[PREFIX + cache] = "0"  # the same requests come again: they are to be computed
     command = [sys.executable, "-m", "service", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -1,6 +1,7 @@
 """What the shapes allow: the operations a run must do, from lengths and widths alone. Runs no model.
 
-No padding, nothing done twice, the vocabulary's head only where a token is wanted. What was counted while a run was
+No padding, nothing done twice, the vocabulary's head only where a token is wanted. Only the query is counted again for
+every chunk, though a generator's first layers read it once for all chunks of a batch. What was counted while a run was
 made stands beside it, so that waste shows. Attention is the whole square of positions, as it is counted.
 """
 

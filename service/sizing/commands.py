@@ -48,9 +48,15 @@ def plan_command(options: argparse.Namespace) -> str:
     price = _price(options, costs)
     traffics = [Traffic(sizes, options.mode), Traffic(sizes, "text", ranked=False)]
     lines = [*_header(costs, sizes, options, price), ""]
-    plans = []
+    plans: list[Plan] = []
     for traffic in traffics[: 1 if options.mode == "text" else 2]:
-        found, simulated = sized(costs, traffic, limits, options.rate, options.busy, options.latency, price)
+        try:
+            found, simulated = sized(costs, traffic, limits, options.rate, options.busy, options.latency, price)
+        except ConfigError as error:
+            if not plans:
+                raise
+            lines.append(f"text is no way to do it: {error.message}")
+            break
         plans.append(found)
         lines += [*_show_plan(found, options.rate, price), *_show_simulated(simulated), ""]
     if len(plans) == 2:
@@ -68,8 +74,14 @@ def sized(
 ) -> tuple[Plan, Simulated]:
     """The plan, with as many more replicas, to a tenth, as the 95th percentile of latency needs to meet a goal.
 
-    Raises ConfigError where no number of replicas meets it.
+    Raises ConfigError where no number of replicas meets it, and where the generator cannot read such a prompt.
     """
+    needed = costs.prompt_tokens(traffic.sizes, traffic.mode) + traffic.sizes.new_tokens
+    if needed > costs.max_tokens:
+        raise ConfigError(
+            f"passages: prompt and answer in {traffic.mode} mode have {needed:,} tokens, and the generator reads "
+            f"{costs.max_tokens:,}"
+        )
     found = plan(costs, traffic, limits, rate, busy, price)
     simulated = _simulate(costs, traffic, limits, rate, found.replicas)
     if latency is None or percentile(simulated.latencies, 0.95) <= latency:

@@ -30,6 +30,7 @@ class Costs:
     prefill     a prompt token; its square
     step        one decode step; a sequence in it; a position of a sequence
     chunk_tokens, query_tokens, rate, hybrid_top   of the checkpoint
+    max_tokens  that its generator reads and writes, together
     overhead_tokens   of a prompt, without query, passages and their labels
     weights_bytes, runtime_bytes   of the models, and all else that an idle replica holds
     kv_bytes    of one position of one sequence; 0 where it was not measured
@@ -47,6 +48,7 @@ class Costs:
     query_tokens: int
     rate: int
     hybrid_top: int
+    max_tokens: int
     overhead_tokens: float
     weights_bytes: int
     runtime_bytes: int

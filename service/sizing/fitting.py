@@ -15,7 +15,7 @@ from service.sizing.costs import LABEL_TOKENS, MODES, Costs, Sizes
 
 BUILT_IN = Path(__file__).parent / "measured.json"
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
-DEFAULT_OVERHEAD = 50.0
+UNKNOWN_MAX_TOKENS = 2**31  # of a benchmark that did not write it down
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _measured(case: Mapping[str, Any], mode: Mode) -> Measured:
 def fit(result: Mapping[str, Any], source: str) -> Costs:
     """Costs from the JSON of `service.benchmark engine`. Raises ConfigError where text or compression is missing."""
     runs = measurements(result)
-    if {run.mode for run in runs} < {"text", "compressed"}:
+    if not {run.mode for run in runs} >= {"text", "compressed"}:
         raise ConfigError("measured: the benchmark's JSON needs runs of text and of compressed")
     try:
         sized = _unfitted(result, runs, source)
@@ -103,6 +103,8 @@ def fit(result: Mapping[str, Any], source: str) -> Costs:
 def _unfitted(result: Mapping[str, Any], runs: Sequence[Measured], source: str) -> Costs:
     """What needs no fit: names, lengths and memory."""
     model, machine = result["model"], result["machine"]
+    if model["dtype"] not in BYTES_OF:
+        raise ConfigError(f"measured: weights must be {', '.join(BYTES_OF)}, not {model['dtype']}")
     weights = int(model["generator_parameters"] + model["compressor_parameters"]) * BYTES_OF[model["dtype"]]
     kv_bytes = int(model.get("kv_bytes_per_token") or 0)
     held = [
@@ -126,7 +128,8 @@ def _unfitted(result: Mapping[str, Any], runs: Sequence[Measured], source: str) 
         query_tokens=int(model["query_tokens"]),
         rate=int(model["rate"]),
         hybrid_top=int(model["hybrid_top"]),
-        overhead_tokens=max(0.0, sum(overheads) / len(overheads)) if overheads else DEFAULT_OVERHEAD,
+        max_tokens=int(model.get("max_tokens") or UNKNOWN_MAX_TOKENS),
+        overhead_tokens=max(0.0, sum(overheads) / len(overheads)),
         weights_bytes=weights,
         runtime_bytes=max(0, max(held)),
         kv_bytes=kv_bytes,

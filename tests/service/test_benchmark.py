@@ -3,7 +3,7 @@
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.base_models import BaseModel
+from core.config import CompressorConfig, Config, GeneratorConfig
 from core.costs import Stages, flop_stages
 from core.errors import ConfigError, EngineError, TooLargeError
 from core.generator import load_generator
-from core.model import Model
+from core.model import Model, build_model
 from core.packed_linear import can_pack, pack_network
-from core.pipeline import prepare
+from core.pipeline import prepare, rows_of
+from core.rows import collate_rows
 from core.tokenization import encode
 from service.benchmark.engine import COMPRESSING, Case, Measured, plan_cases, run_case, summarise
 from service.benchmark.load import require_loopback
@@ -176,6 +178,22 @@ def test_operations_counted_are_those_that_the_shapes_allow(model: Model, name: 
         expected += compressor_flops(model, prepare(model, questions[0].query, questions[0].passages))
     # The shapes count a query once for each of its chunks; a batch that reads it once does with less.
     assert 0.85 * expected <= stages.total <= expected
+
+
+@pytest.mark.parametrize("readout", ["pointer", "memory"])
+def test_operations_of_an_encoder_are_those_that_the_shapes_allow(
+    tiny_llama: Path, tiny_bert: Path, readout: Literal["pointer", "memory"]
+) -> None:
+    compressor = CompressorConfig(kind="encoder", base_model=str(tiny_bert), readout=readout, chunk_tokens=64)
+    model = build_model(Config(compressor=compressor, generator=GeneratorConfig(base_model=str(tiny_llama))))
+    (question,) = make_questions(model.generator.tokenizer, 1, passages=3, passage_tokens=40, query_tokens=8)
+    request = prepare(model, question.query, question.passages)
+    with flop_stages() as stages, torch.inference_mode():
+        stages.enter("compress")
+        for row in rows_of(model, request):  # each by itself: a batch pads them
+            batch = collate_rows([row], model.compressor.row_format, model.config.compressor.max_memory_tokens)
+            model.compressor(batch, model.generator.embed)
+    assert stages.total == pytest.approx(compressor_flops(model, request), rel=0.02)
 
 
 @pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="this CPU does not multiply bfloat16")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from core.model import Model, build_model
 from service.benchmark.__main__ import main
 from service.benchmark.direct import answer_directly
 from service.benchmark.engine import Case, run_case
-from service.benchmark.load import Outcome, closed_loop, connect, open_loop, summarise
+from service.benchmark.load import MAX_RETRY_SECONDS, Outcome, closed_loop, connect, open_loop, summarise
+from service.benchmark.server import running_service
+from service.settings import Settings
 from tests.service.conftest import Serve
 
 BODY: dict[str, Any] = {
@@ -114,7 +117,35 @@ def test_load_starts_a_service_and_compares_it_with_the_engine(root: Path, tmp_p
     for entry in (closed, opened):
         assert set(entry["latency_s"]) == set(entry["first_token_s"]) == {"p50", "p95", "p99"}
         assert entry["first_token_s"]["p99"] <= entry["latency_s"]["p99"]
-        assert (entry["refused"], entry["failed"], entry["errors"]) == (0, 0, {})
+        assert (entry["refused"], entry["failed"], entry["errors"], entry["cached_chunks"]) == (0, 0, {}, 0)
+
+
+def test_what_a_service_had_cached_is_told(
+    root: Path, serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(embedding_cache_bytes=2**20) as client:
+        _, opened = run("load", root / "first", tmp_path, "--url", str(client.base_url))["loads"]
+    assert opened["cached_chunks"] > 0  # the closed loop sent them before
+    assert "SCALEDOWN_EMBEDDING_CACHE_BYTES=0" in capsys.readouterr().out
+
+
+def test_the_service_it_starts_is_as_the_command_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start(command: list[str], env: dict[str, str], **_: object) -> None:
+        raise Started(env)
+
+    monkeypatch.setenv("SCALEDOWN_MAX_REQUESTS", "3")
+    monkeypatch.setattr(subprocess, "Popen", start)
+    settings = Settings(checkpoint=Path("mine"), quantize="int8", threads=2)
+    with pytest.raises(Started) as started, running_service(settings):
+        pass
+    environment = started.value.args[0]
+    assert environment["SCALEDOWN_QUANTIZE"] == "int8"
+    assert (environment["SCALEDOWN_CHECKPOINT"], environment["SCALEDOWN_THREADS"]) == ("mine", "2")
+    assert environment["SCALEDOWN_EMBEDDING_CACHE_BYTES"] == environment["SCALEDOWN_DOCUMENT_CACHE_BYTES"] == "0"
+    assert "SCALEDOWN_MAX_REQUESTS" not in environment
 
 
 def test_without_matplotlib_there_are_figures_but_no_plots(
@@ -154,6 +185,8 @@ def test_a_closed_loop_counts_refusals_and_asks_again(serve: Serve) -> None:
     with serve(max_requests=1) as client:
         outcome = asyncio.run(load(str(client.base_url)))
     assert (len(outcome.latencies), outcome.failed) == (3, 0)
+    assert outcome.refused > 0
+    assert max(outcome.latencies) >= MAX_RETRY_SECONDS  # the wait of who was refused is in it
     assert outcome.completion_tokens <= 3 * BODY["max_new_tokens"]
 
 

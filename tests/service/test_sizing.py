@@ -33,6 +33,7 @@ TRUE = Costs(
     query_tokens=64,
     rate=16,
     hybrid_top=1,
+    max_tokens=8192,
     overhead_tokens=46,
     weights_bytes=100,
     runtime_bytes=50,
@@ -64,15 +65,24 @@ def benchmark_of(costs: Costs) -> dict[str, Any]:
             cases.append({**case, "variants": variants})
     model = {"checkpoint": "c", "generator": "g", "generator_parameters": 20, "compressor_parameters": 5, "rate": 16}
     model |= {"dtype": "float32", "chunk_tokens": 128, "query_tokens": 64, "hybrid_top": 1, "kv_bytes_per_token": 2}
+    model |= {"max_tokens": 8192}
     machine = {"processor": "p", "cores": 2, "threads": 2, "device": costs.device}
     return {"command": "engine", "machine": machine, "model": model, "cases": cases}
+
+
+def only(*modes: str) -> dict[str, Any]:
+    """The same, with fewer variants."""
+    result = benchmark_of(TRUE)
+    for case in result["cases"]:
+        case["variants"] = {mode: figures for mode, figures in case["variants"].items() if mode in modes}
+    return result
 
 
 def test_costs_are_found_again() -> None:
     found = fit(benchmark_of(TRUE), "a test")
     for name in ("prepare", "compress", "prefill", "step", "overhead_tokens"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
-    for name in ("weights_bytes", "runtime_bytes", "kv_bytes", "chunk_tokens", "rate"):
+    for name in ("weights_bytes", "runtime_bytes", "kv_bytes", "chunk_tokens", "rate", "max_tokens"):
         assert getattr(found, name) == getattr(TRUE, name)
 
 
@@ -88,6 +98,9 @@ def test_no_cost_is_below_nothing() -> None:
         {"command": "engine", "cases": [{}]},
         {"cases": []},
         {name: content for name, content in benchmark_of(TRUE).items() if name != "machine"},
+        only("compressed"),
+        only("compressed", "hybrid"),
+        benchmark_of(TRUE) | {"model": benchmark_of(TRUE)["model"] | {"dtype": "int8"}},
     ],
 )
 def test_another_json_is_refused(broken: dict[str, Any]) -> None:
@@ -234,3 +247,22 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["check", "--load", str(path)]) == 2
     assert main(["plan", "--latency", "0.1"]) == 2
     assert "latency:" in capsys.readouterr().err
+
+
+def test_what_only_compression_can_do_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = tmp_path / "engine.json"
+    measured.write_text(json.dumps(benchmark_of(TRUE)))
+    given = ["plan", f"--measured={measured}", "--rate=1"]
+    traffics = (Traffic(SIZES, "compressed"), Traffic(SIZES, "text", ranked=False))
+    alone = [plan(TRUE, traffic, LIMITS, 1, 0.7, PRICE).alone_s for traffic in traffics]
+    goal = sum(alone) / 2
+    assert main([*given, f"--latency={goal}", "--busy=0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert "compressed: " in shown
+    assert f"text is no way to do it: latency: text takes {alone[1]:.2f} s" in shown
+    assert main([*given, "--passages=100"]) == 0  # prompts of 13 thousand tokens, more than the generator reads
+    shown = capsys.readouterr().out
+    assert "text is no way to do it: passages: prompt and answer in text mode have 13," in shown
+    assert "times fewer replicas" not in shown
+    assert main([*given, "--passages=100", "--mode=text"]) == 2
+    assert "and the generator reads 8,192" in capsys.readouterr().err
