@@ -13,7 +13,7 @@ from core.sampling import GenerationOptions
 from service.admission import Reservation
 from service.errors import DeadlineError
 from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent
-from service.limits import AnyRequest, check_prompt, check_tokens
+from service.limits import AnyRequest, check_encoding, check_prompt, check_tokens
 from service.logs import current_request_id
 from service.metrics import STAGES
 from service.preparation import Prepared, prepare_request
@@ -83,6 +83,9 @@ class Session:
         store = self.engine.store
         self.prepared = prepare_request(model, body.query, body.passages, rate, store, policy, answer_tokens)
         check_tokens(self.prepared.passage_tokens, self.engine.settings)
+        if isinstance(body, CompressRequest):
+            rows = sum(row.memory_tokens for row in self.prepared.rows)
+            check_encoding(body, rows * model.generator.hidden_size)
         if isinstance(body, AnswerRequest):
             self.text_tokens = self.prepared.text_prompt_tokens(model)
             if policy.mode == "text" and policy.max_prompt_tokens is None and not policy.min_relevance:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import math
 from typing import Any
 
 import httpx
@@ -85,6 +86,21 @@ def test_embeddings_answer_like_the_passages_they_came_from(client: httpx.Client
     ]
     again = answer(client, passages=given)
     assert {**again, "timings_ms": None} == {**direct, "timings_ms": None}
+
+
+def test_as_json_there_may_be_as_many_numbers_out_as_in(client: httpx.Client) -> None:
+    chunk = "moon " * 60
+    most = 250_000 // math.prod(compress(client, passages=[chunk])["passages"][0]["embeddings"]["shape"])
+    got = compress(client, passages=[chunk * (most // 190)] * 190, encoding="json")["passages"]
+    assert sum(math.prod(each["embeddings"]["shape"]) for each in got) > 200_000
+    given = [{"embeddings": each["embeddings"]} for each in got]
+    assert answer(client, passages=given, max_new_tokens=1)["usage"]["prompt_tokens"] > 200_000 / 64
+    body = {"query": QUERY, "passages": [chunk * (most // 190 + 2)] * 190}
+    refused = client.post("/compress", json={**body, "encoding": "json"})
+    assert refused.status_code == 413
+    assert (error(refused)["field"], error(refused)["limit"]) == ("encoding", 250_000)
+    assert error(refused)["message"].endswith("as json: ask for base64")
+    assert client.post("/compress", json=body).status_code == 200
 
 
 def test_embeddings_by_reference_bring_their_text_for_hybrid(client: httpx.Client) -> None:
