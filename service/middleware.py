@@ -17,7 +17,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import OverloadedError, TooLargeError
 from service.auth import KeyRing
-from service.errors import ClientLeftError, UnsupportedError, code_of, error_response, note_error, plain_response
+from service.errors import (
+    CLIENT_LEFT,
+    ClientLeftError,
+    UnsupportedError,
+    code_of,
+    error_response,
+    note_error,
+    plain_response,
+)
 from service.limits import MAX_JSON_NUMBERS
 from service.logs import set_request_id, set_trace_id
 from service.metrics import Metrics
@@ -84,11 +92,16 @@ class RequestContext:
                 await error_response(error)(scope, receive, send_named)
         finally:
             session = state.get("session")
-            if "error_code" in state:
-                self.metrics.errors.labels(state["error_code"]).inc()
+            status = self._count_error(state.get("error_code"), status)
             self._note(route, status, time.perf_counter() - began, session)
             if span is not None:
                 span.end(scope["method"], route, status, request_id, session)
+
+    def _count_error(self, code: str | None, status: int) -> int:
+        """Count the error that a request ended in, if any; returns the status that log and metrics are to show."""
+        if code is not None:
+            self.metrics.errors.labels(code).inc()
+        return CLIENT_LEFT if code == ClientLeftError.code else status  # a stream that was left began with 200
 
     def _note(self, route: str, status: int, seconds: float, session: "Session | None") -> None:
         self.metrics.requests.labels(route, str(status)).inc()

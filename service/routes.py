@@ -49,7 +49,7 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
         await session.finished()
         # Encoding and rendering megabytes of numbers would hold up every other request.
         return await asyncio.get_running_loop().run_in_executor(
-            engine.pool, lambda: json_response(session, compressed, compress_response(session, body, compressed))
+            engine.pool, lambda: json_response(compress_response(session, body, compressed))
         )
 
 

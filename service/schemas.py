@@ -137,7 +137,9 @@ class CompressRequest(Strict):
     passages: PlainPassages = Field(examples=[[TEXT]])
     rate: Rate | None = None
     dtype: Dtype = Field(default="float32", description="number format of the embeddings; float16 is half the size")
-    encoding: Encoding = Field(default="base64", description="how the embeddings are written; json: as nested lists, of at most 250,000 numbers")
+    encoding: Encoding = Field(
+        default="base64", description="how embeddings are written; json: as nested lists, of at most 250,000 numbers"
+    )
     store: bool = Field(
         default=False, description="also keep the embeddings here and return an embedding_id for each passage"
     )
