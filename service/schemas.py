@@ -71,7 +71,9 @@ class Embeddings(Strict):
     )
     data: str | Annotated[list[Annotated[list[float], Field(fail_fast=True)]], Field(fail_fast=True)]
     score: Annotated[float, Finite] = Field(description="raw relevance score of the passage")
-    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(description="the passage's length as text, in tokens")
+    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        description="the passage's length as text, in tokens; at most the largest rate times its memory embeddings"
+    )
     checkpoint: Annotated[str, Field(max_length=256)] = Field(
         description="the version that made them; no other reads them"
     )
