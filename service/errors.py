@@ -77,6 +77,7 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+CLIENT_LEFT = 499  # nobody reads it: the number that proxies log for this
 OTHER_THAN_TEXT = "<object>"  # tag of what a union takes beside texts
 STATUS_CODES = {
     400: "bad_request",
@@ -171,8 +172,8 @@ def status_of(error: Exception, overload_status: int = 429) -> int:
             return overload_status
         case DeadlineError():
             return 504
-        case ClientLeftError():  # nobody reads it: the number that proxies log for this
-            return 499
+        case ClientLeftError():
+            return CLIENT_LEFT
         case CancelledError() | NotReadyError() | GeneratorUnavailableError():
             return 503
         case CheckpointError():  # only /admin meets it: a checkpoint was named that cannot be used

@@ -68,6 +68,7 @@ class Job:
     results         one entry a chunk of `request`; those of passages that came as embeddings are filled already, and
                     those that `auto` shows as text without reading them stay None
     marks           when each stage ended (`time.perf_counter()`)
+    completion_tokens   of the answer so far
     """
 
     request_id: str | None
@@ -80,6 +81,7 @@ class Job:
     number: int = field(default_factory=lambda: next(_numbers))
     marks: dict[str, float] = field(default_factory=dict)
     outstanding: int = 0
+    completion_tokens: int = 0
     done: bool = False
 
     def mark(self, stage: str) -> None:

@@ -8,6 +8,7 @@ from service.admission import CHARS_PER_TOKEN
 from service.schemas import AnswerPassage, AnswerRequest, CompressRequest, PassageIn, RerankRequest
 from service.settings import Settings
 
+MAX_JSON_NUMBERS = 250_000  # in one body, either way: reading or writing them holds up every other request
 AnyRequest = AnswerRequest | CompressRequest | RerankRequest
 AnyPassage = str | PassageIn | AnswerPassage
 
@@ -29,6 +30,13 @@ def check_limits(request: AnyRequest, settings: Settings) -> None:
 def check_tokens(tokens: int, settings: Settings) -> None:
     """Refuse passages that are too long together, once their tokens are known."""
     _at_most("passages", tokens, settings.max_request_tokens, "tokens in all")
+
+
+def check_encoding(request: CompressRequest, numbers: int) -> None:
+    """Refuse to write so many numbers of embeddings as nested lists."""
+    if request.encoding == "json" and numbers > MAX_JSON_NUMBERS:
+        message = f"{numbers} numbers are over the limit of {MAX_JSON_NUMBERS} as json: ask for base64"
+        raise TooLargeError("encoding", message, MAX_JSON_NUMBERS)
 
 
 def check_rate(rate: int | None, model: Model) -> None:

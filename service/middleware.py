@@ -17,7 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import OverloadedError, TooLargeError
 from service.auth import KeyRing
-from service.errors import ClientLeftError, UnsupportedError, code_of, error_response, note_error, plain_response
+from service.errors import (
+    CLIENT_LEFT,
+    ClientLeftError,
+    UnsupportedError,
+    code_of,
+    error_response,
+    note_error,
+    plain_response,
+)
+from service.limits import MAX_JSON_NUMBERS
 from service.logs import set_request_id, set_trace_id
 from service.metrics import Metrics
 from service.settings import Settings
@@ -83,11 +92,16 @@ class RequestContext:
                 await error_response(error)(scope, receive, send_named)
         finally:
             session = state.get("session")
-            if "error_code" in state:
-                self.metrics.errors.labels(state["error_code"]).inc()
+            status = self._count_error(state.get("error_code"), status)
             self._note(route, status, time.perf_counter() - began, session)
             if span is not None:
                 span.end(scope["method"], route, status, request_id, session)
+
+    def _count_error(self, code: str | None, status: int) -> int:
+        """Count the error that a request ended in, if any; returns the status that log and metrics are to show."""
+        if code is not None:
+            self.metrics.errors.labels(code).inc()
+        return CLIENT_LEFT if code == ClientLeftError.code else status  # a stream that was left began with 200
 
     def _note(self, route: str, status: int, seconds: float, session: "Session | None") -> None:
         self.metrics.requests.labels(route, str(status)).inc()
@@ -216,20 +230,26 @@ class _BodyReader:
 
 
 def _check_structure(body: bytes, max_depth: int) -> None:
-    """Refuse JSON that nests too deep or has too many parts, before a recursive parser sees it.
+    """Refuse JSON that nests too deep or has too many parts or numbers, before a recursive parser sees it.
 
     Only the brackets of an acceptable body are looked at one by one: all else is the bytes' own fast searches.
     """
     opened = body.count(b"[") + body.count(b"{")
-    if opened <= max_depth and body.count(b'"') <= 2 * MAX_JSON_PARTS:
+    many = body.count(b'"') > 2 * MAX_JSON_PARTS or body.count(b",") > MAX_JSON_NUMBERS
+    if opened <= max_depth and not many:
         return
     # Without its escapes, whatever stands between an odd quote and the next one is a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = plain.count(b'"') // 2
     outside = b"".join(plain.split(b'"')[::2]) if strings <= MAX_JSON_PARTS else b""
-    if strings + sum(map(outside.count, (b"[", b"]", b"{", b"}"))) // 2 > MAX_JSON_PARTS:
+    parts = strings + sum(map(outside.count, (b"[", b"]", b"{", b"}"))) // 2
+    if parts > MAX_JSON_PARTS:
         message = f"has over {MAX_JSON_PARTS} strings, lists and objects: send fewer in a request"
         raise TooLargeError("body", message, MAX_JSON_PARTS)
+    # A comma stands between any two values; those that are no parts are numbers (or true, false, null).
+    if outside.count(b",") - parts > MAX_JSON_NUMBERS:
+        message = f"has over {MAX_JSON_NUMBERS} numbers: send embeddings as base64, or fewer in a request"
+        raise TooLargeError("body", message, MAX_JSON_NUMBERS)
     depth = 0
     for bracket in re.findall(rb"[\[\]{}]", outside):
         depth += 1 if bracket in b"[{" else -1

@@ -37,9 +37,15 @@ class Prepared:
 
     @property
     def passage_tokens(self) -> int:
-        """Generator tokens of all passages as text."""
+        """Generator tokens of all passages as text; of one that came compressed, what it may take of the prompt.
+
+        That is no less than its embeddings, whatever its caller says of its tokens.
+        """
         pairs = zip(self.request.chunks, self.results, strict=True)
-        return sum(len(chunk.generator_ids) if result is None else result.tokens for chunk, result in pairs)
+        return sum(
+            max(len(chunk.generator_ids), 0 if result is None else max(result.tokens, len(result.memory)))
+            for chunk, result in pairs
+        )
 
     def text_prompt_tokens(self, model: Model) -> int:
         """Prompt tokens if every passage were text, those included whose text only the caller has."""
@@ -119,6 +125,7 @@ def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field:
         model.generator.max_tokens,
         field,
     )
+    _check_claim(model, embeddings.tokens, len(memory), f"{field}.tokens")
     return StoredPassage(
         memory=memory,
         score=embeddings.score,
@@ -128,6 +135,13 @@ def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field:
         checkpoint=embeddings.checkpoint,
         query_sha256=embeddings.query_sha256,
     )
+
+
+def _check_claim(model: Model, tokens: int, rows: int, field: str) -> None:
+    """Tokens saved are counted from what the caller says: no embedding stands for more than the largest rate."""
+    most = rows * max(model.config.compressor.rates)
+    if tokens > most:
+        raise InvalidInputError(field, f"{tokens} is over the limit of {most} for {rows} memory embeddings")
 
 
 def _check_version(model: Model, checkpoint: str, field: str) -> None:

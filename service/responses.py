@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 
-from pydantic import BaseModel
-
 from core.model import Model
 from core.pipeline import CompressedPassage, rerank
 from core.policy import AS_EMBEDDINGS, overall
@@ -141,25 +139,6 @@ def answer_response(
         timings_ms=session.timings_ms(),
         checkpoint=model.name,
     )
-
-
-def record_response(session: Session, compressed: Compressed, response: BaseModel) -> None:
-    """Count what a response holds: stages, tokens, rates, relevance."""
-    metrics, checkpoint = session.engine.metrics, session.version.model.name
-    for stage, milliseconds in session.timings_ms().items():
-        metrics.stage_seconds.labels(stage).observe(milliseconds / 1000)
-    for passage in compressed.passages:
-        if passage.relevance is not None:
-            metrics.relevance.labels(checkpoint).observe(passage.relevance)
-    if read := [passage for passage in compressed.passages if passage.chunks]:
-        tokens = sum(passage.tokens for passage in read)
-        metrics.compression_rate.observe(tokens / sum(passage.memory_tokens for passage in read))
-    if isinstance(response, AnswerResponse):
-        metrics.text_tokens.labels(checkpoint).inc(response.usage.text_tokens)
-        metrics.prompt_tokens.labels(checkpoint).inc(response.usage.prompt_tokens)
-        metrics.saved_tokens.labels(checkpoint).inc(max(0, response.usage.tokens_saved))
-        metrics.completion_tokens.labels(checkpoint).inc(response.usage.completion_tokens)
-        metrics.first_token_seconds.observe(session.seconds_to_first_token())
 
 
 def _ids(session: Session) -> list[str | None]:

@@ -1,17 +1,18 @@
 """The native inference endpoints. Knows no models."""
 
 import asyncio
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from service.dialects.errors import TeiErrorResponse, choose_rerank_dialect
-from service.dialects.tei import RerankBody, TeiRequest, TeiResponse, tei_response
+from service.dialects.bare_rerank import RerankBody, as_native, choose_dialect
+from service.dialects.errors import JinaErrorResponse, TeiErrorResponse
+from service.dialects.rerank_schemas import JinaResponse
+from service.dialects.tei import TeiResponse
 from service.errors import WITH_BODY, ErrorResponse, documented
 from service.response_schemas import AnswerResponse, CompressResponse, RerankResponse
-from service.responses import compress_response, rerank_response
+from service.responses import compress_response
 from service.schemas import AnswerRequest, CompressRequest
 from service.serving import (
     ThisEngine,
@@ -23,8 +24,9 @@ from service.serving import (
 )
 from service.streaming import Events
 
-TEI_ERRORS: dict[int | str, dict[str, Any]] = {
-    **{status: {"model": ErrorResponse | TeiErrorResponse} for status in (*WITH_BODY, 504)},
+RERANK_ERRORS: dict[int | str, dict[str, Any]] = {
+    **{status: {"model": ErrorResponse | TeiErrorResponse | JinaErrorResponse} for status in (*WITH_BODY, 504)},
+    400: {"model": JinaErrorResponse, "description": "a value is wrong or over a limit, as Jina and vLLM say it"},
     424: {"model": TeiErrorResponse, "description": "the service failed, as TEI says it"},
 }
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -49,21 +51,20 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
         await session.finished()
         # Encoding and rendering megabytes of numbers would hold up every other request.
         return await asyncio.get_running_loop().run_in_executor(
-            engine.pool, lambda: json_response(session, compressed, compress_response(session, body, compressed))
+            engine.pool, lambda: json_response(compress_response(session, body, compressed))
         )
 
 
 @router.post(
     "/rerank",
-    response_model=RerankResponse | TeiResponse,
-    responses=TEI_ERRORS,
-    dependencies=[Depends(choose_rerank_dialect)],
+    response_model=RerankResponse | TeiResponse | JinaResponse,
+    responses=RERANK_ERRORS,
+    dependencies=[Depends(choose_dialect)],
 )
 async def rerank(body: RerankBody, request: Request, engine: ThisEngine) -> Response:
-    """Score passages for a query, best first. With `texts` in place of `passages`: as TEI's /rerank does."""
-    if isinstance(body, TeiRequest):
-        return await serve_ranking(request, engine, body.as_native(), partial(tei_response, body))
-    return await serve_ranking(request, engine, body, partial(rerank_response, top_n=body.top_n))
+    """Score passages for a query, best first. With `texts` in their place: as TEI does; with `documents`: as Jina."""
+    native, written = as_native(body)
+    return await serve_ranking(request, engine, native, written)
 
 
 @router.post("/answer", response_model=AnswerResponse, responses=STREAM)

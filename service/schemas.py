@@ -71,7 +71,9 @@ class Embeddings(Strict):
     )
     data: str | Annotated[list[Annotated[list[float], Field(fail_fast=True)]], Field(fail_fast=True)]
     score: Annotated[float, Finite] = Field(description="raw relevance score of the passage")
-    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(description="the passage's length as text, in tokens")
+    tokens: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        description="the passage's length as text, in tokens; at most the largest rate times its memory embeddings"
+    )
     checkpoint: Annotated[str, Field(max_length=256)] = Field(
         description="the version that made them; no other reads them"
     )
@@ -137,7 +139,9 @@ class CompressRequest(Strict):
     passages: PlainPassages = Field(examples=[[TEXT]])
     rate: Rate | None = None
     dtype: Dtype = Field(default="float32", description="number format of the embeddings; float16 is half the size")
-    encoding: Encoding = Field(default="base64", description="how the embeddings are written; json: as nested lists")
+    encoding: Encoding = Field(
+        default="base64", description="how embeddings are written; json: as nested lists, of at most 250,000 numbers"
+    )
     store: bool = Field(
         default=False, description="also keep the embeddings here and return an embedding_id for each passage"
     )

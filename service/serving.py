@@ -13,7 +13,7 @@ from service.errors import ClientLeftError
 from service.jobs import Compressed
 from service.limits import AnyRequest
 from service.response_schemas import Evidence
-from service.responses import NO_EVIDENCE, answer_response, evidence_of, record_response
+from service.responses import NO_EVIDENCE, answer_response, evidence_of
 from service.schemas import AnswerRequest, RerankRequest
 from service.session import Session
 from service.streaming import AnswerFormat, AnswerStream, until_disconnect
@@ -45,7 +45,7 @@ async def serve_ranking(
     with await open_session(request, engine, body) as session:
         compressed = await unless_disconnected(request, session.compressed)
         await session.finished()
-        return json_response(session, compressed, written(session, compressed))
+        return json_response(written(session, compressed))
 
 
 async def serve_answer(request: Request, engine: Engine, body: AnswerRequest, form: AnswerFormat) -> Response:
@@ -59,7 +59,6 @@ async def serve_answer(request: Request, engine: Engine, body: AnswerRequest, fo
             return AnswerStream(session, compressed, evidence, form)
         finished = await unless_disconnected(request, session.finished)
         response = answer_response(session, compressed, finished, evidence)
-        record_response(session, compressed, response)
         return Response(form.whole(response), media_type="application/json")
     finally:
         if not stays_open:
@@ -80,9 +79,8 @@ async def unless_disconnected(request: Request, wait: Callable[[], Awaitable[T]]
         leaving.cancel()
 
 
-def json_response(session: Session, compressed: Compressed, response: BaseModel) -> Response:
-    """Count what a response holds, and write it."""
-    record_response(session, compressed, response)
+def json_response(response: BaseModel) -> Response:
+    """Write a response."""
     return Response(response.model_dump_json(), media_type="application/json")
 
 

@@ -12,11 +12,12 @@ from core.policy import Policy
 from core.sampling import GenerationOptions
 from service.admission import Reservation
 from service.errors import DeadlineError
-from service.jobs import AnswerPlan, Compressed, Failed, Finished, Job, JobEvent
-from service.limits import AnyRequest, check_prompt, check_tokens
+from service.jobs import AnswerPlan, Compressed, Delta, Failed, Finished, Job, JobEvent
+from service.limits import AnyRequest, check_encoding, check_prompt, check_tokens
 from service.logs import current_request_id
 from service.metrics import STAGES
 from service.preparation import Prepared, prepare_request
+from service.recording import record_passages, record_work
 from service.schemas import AnswerRequest, CompressRequest
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class Session:
         self.prepared: Prepared | None = None
         self.text_tokens = 0
         self.prompt_tokens = 0
-        self.completion_tokens = 0
         self.failure = ""  # the code of the error that ended the request
         self.explain = False
         self._reservation = reservation
@@ -43,6 +43,8 @@ class Session:
         self._queued = self._began
         self._job: Job | None = None
         self._closed = False
+        self._first_token_recorded = False
+        self._work_recorded = False
         version.sessions += 1
         engine.sessions.add(self)
 
@@ -83,6 +85,9 @@ class Session:
         store = self.engine.store
         self.prepared = prepare_request(model, body.query, body.passages, rate, store, policy, answer_tokens)
         check_tokens(self.prepared.passage_tokens, self.engine.settings)
+        if isinstance(body, CompressRequest):
+            rows = sum(row.memory_tokens for row in self.prepared.rows)
+            check_encoding(body, rows * model.generator.hidden_size)
         if isinstance(body, AnswerRequest):
             self.text_tokens = self.prepared.text_prompt_tokens(model)
             if policy.mode == "text" and policy.max_prompt_tokens is None and not policy.min_relevance:
@@ -99,8 +104,9 @@ class Session:
                 raise event.error
             case Compressed():
                 self.prompt_tokens = event.prompt_tokens
-            case Finished():
-                self.completion_tokens = event.completion_tokens
+                record_passages(self.engine.metrics, self.version.model.name, event.passages)
+            case Delta():
+                self._record_first_token()
         return event
 
     async def compressed(self) -> Compressed:
@@ -122,6 +128,11 @@ class Session:
         return self._job.plan if self._job else None
 
     @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return self._job.completion_tokens if self._job else 0
+
+    @property
     def stage(self) -> str:
         """The stage that the request is in or waits for, as `timings_ms` names them."""
         if self._job is None:
@@ -134,13 +145,18 @@ class Session:
         return self._deadline - asyncio.get_running_loop().time()
 
     def stage_times(self) -> list[tuple[str, float, float]]:
-        """(stage, begin, end) of what the request has been through, in seconds of `time.perf_counter`."""
+        """(stage, begin, end) of what the request has been through, in seconds of `time.perf_counter`.
+
+        The last is the one that a request which failed was in.
+        """
         marks = self._job.marks if self._job else {}
         times, last = [("tokenize", self._began, self._queued)], self._queued
         for stage in STAGES[1:]:
             if stage in marks:
                 times.append((stage, last, marks[stage]))
                 last = marks[stage]
+        if self.failure and self._job and self.stage not in marks:
+            times.append((self.stage, last, time.perf_counter()))
         return times
 
     def timings_ms(self) -> dict[str, float]:
@@ -149,10 +165,23 @@ class Session:
         stages["total"] = time.perf_counter() - self._began
         return {stage: round(1000 * seconds, 3) for stage, seconds in stages.items()}
 
-    def seconds_to_first_token(self) -> float:
-        """Seconds from arrival to the answer's first token."""
-        assert self._job is not None  # a session that is done had a job
-        return self._job.marks["first_token"] - self._began
+    def seconds_to_first_token(self) -> float | None:
+        """Seconds from arrival to the answer's first token; None while there is none."""
+        mark = self._job.marks.get("first_token") if self._job else None
+        return None if mark is None else mark - self._began
+
+    def record(self) -> None:
+        """Count the work that was done so far. Once: at the end, or just before a stream tells its client of it."""
+        if self._job is not None and not self._work_recorded:
+            self._work_recorded = True
+            self._record_first_token()
+            record_work(self)
+
+    def _record_first_token(self) -> None:
+        seconds = self.seconds_to_first_token()
+        if seconds is not None and not self._first_token_recorded:
+            self._first_token_recorded = True
+            self.engine.metrics.first_token_seconds.observe(seconds)
 
     def close(self) -> None:
         """Stop what still runs and give back the place and the version. Idempotent."""
@@ -164,7 +193,10 @@ class Session:
             self.failure = self.failure or CancelledError.code
             self.engine.worker.cancel(self.version.lane, job)
         self._reservation.release(served=job is not None and job.done)
-        self.engine.leave(self)
+        try:
+            self.record()  # before the version may be unloaded, and its labels with it
+        finally:
+            self.engine.leave(self)
 
     @contextlib.asynccontextmanager
     async def _until_deadline(self) -> AsyncIterator[None]:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import code_of, error_content, note_error
+from service.errors import ClientLeftError, DeadlineError, code_of, error_content, note_error
 from service.jobs import Compressed, Delta, Finished
 from service.response_schemas import AnsweredPassage, AnswerResponse, Evidence
-from service.responses import answer_response, answered_passages, record_response
+from service.responses import answer_response, answered_passages
 from service.session import Session
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class AnswerStream(Response):
         try:
             patience = self._session.seconds_left + SLOW_READER_SECONDS
             await asyncio.wait((sender, leaving), return_when=asyncio.FIRST_COMPLETED, timeout=patience)
+            if not sender.done():
+                note_error(scope, ClientLeftError.code if leaving.done() else DeadlineError.code)
         finally:
             self._session.close()
             for task in (sender, leaving):
@@ -103,12 +105,14 @@ class AnswerStream(Response):
             await _send_part(send, self._form.opening(passages, self._session.version.model.name))
             await self._tokens(send)
         except OSError:
+            note_error(scope, ClientLeftError.code)
             raise
         except Exception as error:
             content = error_content(error)
             if content["error"]["code"] == "internal":
                 log.exception("a stream failed")
             note_error(scope, code_of(error))
+            self._session.record()
             await _send_part(send, self._form.failure(content))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -124,7 +128,7 @@ class AnswerStream(Response):
                 event = waiting.result()
                 if isinstance(event, Finished):
                     response = answer_response(self._session, self._compressed, event, self._evidence)
-                    record_response(self._session, self._compressed, response)
+                    self._session.record()
                     await _send_part(send, self._form.ending(response))
                     return
                 waiting = asyncio.ensure_future(self._session.next_event())

@@ -129,8 +129,6 @@ class RequestSpan:
 
         offset = time.time() - time.perf_counter()  # marks are of the clock that never jumps, spans of the calendar's
         context, times = set_span_in_context(self._span), session.stage_times()
-        if session.failure and session.stage not in [stage for stage, _, _ in times]:
-            times.append((session.stage, times[-1][2], time.perf_counter()))  # the stage that was not completed
         for name, parts in itertools.groupby(times, key=lambda each: SPANS[each[0]]):
             stages = {stage: (begin + offset, end + offset) for stage, begin, end in parts}
             span = self._tracer.start_span(name, context, start_time=_nanoseconds(min(stages.values())[0]))

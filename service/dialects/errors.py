@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request
 from pydantic import BaseModel
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
@@ -96,14 +95,6 @@ DIALECTS = {
     "tei": Dialect(_tei_error, {413: 422, 500: 424}, {"passages": "texts"}),
 }
 PATHS = {"/v1/rerank": "jina", "/v2/rerank": "cohere", "/v1/completions": "completions"}
-
-
-async def choose_rerank_dialect(request: Request) -> None:
-    """A dependency of `/rerank`: whoever sends `texts` also gets errors as TEI has them."""
-    if await request.body():
-        body = await request.json()  # parsed already, and kept by the request
-        if isinstance(body, dict) and "texts" in body:
-            request.state.dialect = "tei"
 
 
 class DialectErrors:

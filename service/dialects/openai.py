@@ -10,15 +10,8 @@ from starlette.responses import Response
 
 from service.dialects.errors import OpenAIErrorResponse
 from service.dialects.openai_format import ChatFormat, TextFormat
-from service.dialects.openai_schemas import (
-    ALIAS,
-    ChatRequest,
-    ChatResponse,
-    CompletionRequest,
-    CompletionResponse,
-    ModelCard,
-    ModelList,
-)
+from service.dialects.openai_responses import ChatResponse, CompletionResponse, ModelCard, ModelList
+from service.dialects.openai_schemas import ALIAS, ChatRequest, CompletionRequest
 from service.dialects.questions import chat_question, passages_of
 from service.engine import Engine
 from service.errors import NotReadyError, UnknownModelError

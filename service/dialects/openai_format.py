@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.dialects.errors import openai_error
-from service.dialects.openai_schemas import (
+from service.dialects.openai_responses import (
     AnswerMessage,
     ChatChoice,
     ChatResponse,

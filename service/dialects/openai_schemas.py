@@ -1,7 +1,7 @@
-"""Requests and responses of OpenAI's chat and completions, with retrieved documents. Knows no HTTP.
+"""Requests of OpenAI's chat and completions, with retrieved documents. Knows no HTTP.
 
 What would change the answer and is not supported is refused by its type (`n: 2`, `logprobs: true`); what would not
-(`user`, `store`) is accepted. What nobody knows is refused: a misspelt option must not pass in silence.
+(`user`, `reasoning_effort`) is accepted. What nobody knows is refused: a misspelt option must not pass in silence.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.policy import RequestMode
-from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance, PlanOut
-from service.response_schemas import AnsweredPassage
+from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance
 from service.schemas import (
     BY_KIND,
     IS_OTHER,
@@ -128,7 +127,7 @@ class Generation(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100), Finite] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -150,6 +149,8 @@ class Generation(Strict):
     def options(self) -> dict[str, Any]:
         """What was given of the service's own options, by its own names."""
         given = {name: value for name in SAMPLING + SHOWING if (value := getattr(self, name)) is not None}
+        if self.seed is not None:
+            given["seed"] = self.seed % 2**63  # the service's own seeds are not negative
         if self.max_tokens is not None:
             given["max_new_tokens"] = self.max_tokens
         if self.stop is not None:
@@ -182,11 +183,18 @@ class ChatRequest(Generation):
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     tools: Any = Field(default=None, description="accepted; the model never calls one")
     tool_choice: Literal["none", "auto"] | None = None
+    functions: Any = Field(default=None, description="older name of tools")
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = IGNORED
     metadata: Any = IGNORED
     store: Any = IGNORED
     service_tier: Any = IGNORED
     prompt_cache_key: Any = IGNORED
+    prompt_cache_options: Any = IGNORED
+    prompt_cache_retention: Any = IGNORED
+    prediction: Any = IGNORED
+    reasoning_effort: Any = IGNORED
+    verbosity: Any = IGNORED
     safety_identifier: Any = IGNORED
 
     def options(self) -> dict[str, Any]:
@@ -210,89 +218,3 @@ class CompletionRequest(Generation):
     def query(self) -> str:
         """The question."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-
-
-class CompletionUsage(BaseModel):
-    """Generator tokens. `text_tokens`: of the prompt had all been text; `tokens_saved`: that less the prompt."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    text_tokens: int
-    tokens_saved: int
-
-
-class Passages(BaseModel):
-    """The service's own part of a response: what became of each document, in the caller's order, and why."""
-
-    passages: list[AnsweredPassage]
-    plan: PlanOut
-
-
-class AnswerMessage(BaseModel):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    """The only choice."""
-
-    index: Literal[0] = 0
-    message: AnswerMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatResponse(BaseModel):
-    """A chat completion. `model` and `system_fingerprint` name the checkpoint that served."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: CompletionUsage
-    system_fingerprint: str
-    scaledown: Passages
-
-
-class TextChoice(BaseModel):
-    """The only choice."""
-
-    index: Literal[0] = 0
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class CompletionResponse(BaseModel):
-    """A text completion."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: CompletionUsage
-    system_fingerprint: str
-    scaledown: Passages
-
-
-class ModelCard(BaseModel):
-    """A checkpoint version. `created`: when this service began; `dtype`: what it computes in."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["scaledown"] = "scaledown"
-    dtype: str
-
-
-class ModelList(BaseModel):
-    """What `model` may name."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

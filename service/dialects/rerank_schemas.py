@@ -37,6 +37,7 @@ class JinaRequest(Strict):
     return_documents: bool = Field(default=True, description="repeat each document in the response")
     use_activation: bool | None = Field(default=None, description="false: the raw score, not calibrated to 0..1")
     activation: bool | None = Field(default=None, description="older name of use_activation")
+    raw_scores: bool = Field(default=False, description="the same the other way round, as infinity has it")
 
     truncation: bool | None = IGNORED
     truncate_prompt_tokens: int | None = IGNORED
@@ -58,7 +59,8 @@ class JinaRequest(Strict):
     @property
     def raw(self) -> bool:
         """Whether raw scores are asked for."""
-        return self.use_activation is False or (self.use_activation is None and self.activation is False)
+        activation = self.activation if self.use_activation is None else self.use_activation
+        return self.raw_scores or activation is False
 
     def text_of(self, index: int) -> str:
         """The text of a document."""

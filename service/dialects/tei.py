@@ -1,8 +1,8 @@
 """`/rerank` as Text Embeddings Inference (TEI) has it: `texts` in, a bare array out. Knows no HTTP."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Discriminator, Field, RootModel, Tag
+from pydantic import BaseModel, Field, RootModel
 
 from service.dialects.ranking import ranked
 from service.jobs import Compressed
@@ -45,14 +45,3 @@ def tei_response(body: TeiRequest, _: Session, compressed: Compressed) -> TeiRes
             for each in ranked(compressed, raw=body.raw_scores)
         ]
     )
-
-
-def _kind(value: Any) -> str:
-    texts = "texts" in value if isinstance(value, dict) else isinstance(value, TeiRequest)
-    return "<texts>" if texts else "<passages>"
-
-
-# The tags stand in angle brackets so that `errors.py` can leave them out of a field's name.
-RerankBody = Annotated[
-    Annotated[RerankRequest, Tag("<passages>")] | Annotated[TeiRequest, Tag("<texts>")], Discriminator(_kind)
-]

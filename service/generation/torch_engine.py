@@ -42,7 +42,6 @@ class Running:
     plan: AnswerPlan
     sequence: Sequence
     text: list[str] = field(default_factory=list)
-    tokens: int = 0
 
 
 class TorchEngine:
@@ -168,7 +167,7 @@ class TorchEngine:
     def _token(self, running: Running, text: str, finish_reason: str | None) -> None:
         job = running.job
         job.mark("first_token")
-        running.tokens += 1
+        job.completion_tokens += 1
         if text:
             running.text.append(text)
             if running.plan.stream:
@@ -176,7 +175,7 @@ class TorchEngine:
         if finish_reason is not None:
             del self._running[running.sequence]
             job.mark("decode")
-            job.end(Finished("".join(running.text), finish_reason, running.tokens))
+            job.end(Finished("".join(running.text), finish_reason, job.completion_tokens))
 
     def _drop(self, sequence: Sequence) -> None:
         del self._running[sequence]

@@ -123,21 +123,21 @@ class VllmEngine:
     async def _write(self, job: Job, plan: AnswerPlan, stream: AsyncGenerator[list[int]]) -> None:
         """Carry the answer to its caller as it comes. Leaving early closes the stream, which stops vLLM."""
         text, written = TextStream(self._model.generator.tokenizer, plan.options.stop), ""
-        tokens = 0
         async with contextlib.aclosing(stream) as chunks:
             async for token in (token async for chunk in chunks for token in chunk):
                 job.mark("first_token")
-                tokens += 1
+                job.completion_tokens += 1
                 ended = token in self._model.generator.eos_ids
                 piece = "" if ended else text.push(token)
-                last = ended or text.stopped or tokens >= plan.options.max_new_tokens
+                last = ended or text.stopped or job.completion_tokens >= plan.options.max_new_tokens
                 piece += text.finish() if last else ""
                 written += piece
                 if piece and plan.stream:
                     job.emit(Delta(piece))
                 if last:
                     job.mark("decode")
-                    job.end(Finished(written, "stop" if ended or text.stopped else "length", tokens))
+                    reason = "stop" if ended or text.stopped else "length"
+                    job.end(Finished(written, reason, job.completion_tokens))
                 if text.stopped:
                     return
         if not job.done:

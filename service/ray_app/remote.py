@@ -153,10 +153,12 @@ class RemoteGenerator:
             async for event in self._fleet.write(self._version, prompt, plan, job.request_id):
                 if isinstance(event, Delta):
                     job.mark("first_token")
+                    job.completion_tokens += 1  # at least: the end says how many there were
                     job.emit(event)
                 else:
                     job.marks.setdefault("first_token", time.perf_counter() - event.decode_s)
                     job.mark("decode")
+                    job.completion_tokens = event.finished.completion_tokens
                     job.end(event.finished)
         except Exception as error:
             job.end(Failed(shown(error, job)))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import itertools
+import math
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from service.embedding_store import EmbeddingStore, StoredPassage
 from service.embeddings_codec import Dtype, Encoding, decode_embeddings, encode_embeddings
 from service.metrics import Metrics
 from tests.service.calls import PASSAGES, QUERY, answer, error
+from tests.service.conftest import Serve
 
 SHAPES = st.tuples(st.integers(1, 5), st.just(4))
 FLOATS = arrays.arrays(np.float32, SHAPES, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
@@ -87,6 +89,21 @@ def test_embeddings_answer_like_the_passages_they_came_from(client: httpx.Client
     assert {**again, "timings_ms": None} == {**direct, "timings_ms": None}
 
 
+def test_as_json_there_may_be_as_many_numbers_out_as_in(client: httpx.Client) -> None:
+    chunk = "moon " * 60
+    most = 250_000 // math.prod(compress(client, passages=[chunk])["passages"][0]["embeddings"]["shape"])
+    got = compress(client, passages=[chunk * (most // 190)] * 190, encoding="json")["passages"]
+    assert sum(math.prod(each["embeddings"]["shape"]) for each in got) > 200_000
+    given = [{"embeddings": each["embeddings"]} for each in got]
+    assert answer(client, passages=given, max_new_tokens=1)["usage"]["prompt_tokens"] > 200_000 / 64
+    body = {"query": QUERY, "passages": [chunk * (most // 190 + 2)] * 190}
+    refused = client.post("/compress", json={**body, "encoding": "json"})
+    assert refused.status_code == 413
+    assert (error(refused)["field"], error(refused)["limit"]) == ("encoding", 250_000)
+    assert error(refused)["message"].endswith("as json: ask for base64")
+    assert client.post("/compress", json=body).status_code == 200
+
+
 def test_embeddings_by_reference_bring_their_text_for_hybrid(client: httpx.Client) -> None:
     stored = [
         {"id": passage["id"], "embedding_id": passage["embedding_id"]}
@@ -131,6 +148,7 @@ def test_embeddings_without_text_stay_compressed(client: httpx.Client) -> None:
         ({"checkpoint": "other@0123456789ab"}, "checkpoint"),
         ({"score": "high"}, "score"),
         ({"tokens": 0}, "tokens"),
+        ({"tokens": 131_000}, "tokens"),
         ({"pickle": "x"}, "pickle"),
         ({"query_sha256": "abc"}, "query_sha256"),
     ],
@@ -142,6 +160,28 @@ def test_wrong_embeddings_are_refused(client: httpx.Client, change: dict[str, An
     assert response.status_code == (413 if change == {"shape": [10**9, 64]} else 422)
     expected = "passages.0.embeddings" + (f".{field}" if field else "")
     assert error(response)["field"] == expected
+
+
+def test_tokens_are_no_more_than_the_embeddings_can_stand_for(client: httpx.Client) -> None:
+    embeddings = compress(client, rate=16)["passages"][0]["embeddings"]
+    most = 16 * embeddings["shape"][0]
+    assert answer(client, passages=[{"embeddings": {**embeddings, "tokens": most}}])["usage"]["tokens_saved"] > 0
+    body = {"query": QUERY, "passages": [{"embeddings": {**embeddings, "tokens": most + 1}}]}
+    refused = client.post("/answer", json=body)
+    assert refused.status_code == 422
+    assert f"is over the limit of {most} for" in error(refused)["message"]
+
+
+def test_embeddings_count_as_what_they_take_of_the_prompt(serve: Serve) -> None:
+    with serve(max_request_tokens=100) as client:
+        rows = {"encoding": "base64", "dtype": "float32", "score": 0.0, "tokens": 1, "checkpoint": "untrained"}
+        text = PASSAGES[0]
+        for count, extra in ((101, {}), (1, {"text": text})):  # or as what their text takes
+            data = encode_embeddings(torch.zeros(count, 64), "float32", "base64")
+            passage = {"embeddings": {**rows, "shape": [count, 64], "data": data}, **extra}
+            refused = client.post("/answer", json={"query": QUERY, "passages": [passage]})
+            assert refused.status_code == 413
+            assert (error(refused)["field"], error(refused)["limit"]) == ("passages", 100)
 
 
 def test_embeddings_answer_no_other_query(client: httpx.Client) -> None:

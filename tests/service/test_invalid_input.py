@@ -129,6 +129,20 @@ def test_absurdly_many_parts_are_refused_before_they_are_read(client: httpx.Clie
     assert (error(response)["field"], error(response)["limit"]) == ("body", 100_000)
 
 
+@pytest.mark.parametrize("value", ["0", "null", "1e-3"])
+def test_absurdly_many_numbers_are_refused_before_they_are_read(client: httpx.Client, value: str) -> None:
+    raw = '{"query": "a", "passages": [{"embeddings": {"data": [[' + ",".join([value] * 250_100) + "]]}}]}"
+    response = client.post("/answer", content=raw, headers=JSON)
+    assert response.status_code == 413
+    assert (error(response)["field"], error(response)["limit"]) == ("body", 250_000)
+    assert "base64" in error(response)["message"]
+
+
+def test_commas_in_a_text_are_no_numbers(client: httpx.Client) -> None:
+    response = client.post("/rerank", json={"query": "a", "passages": ["b", "1," * 190_000, ", " * 190_000]})
+    assert error(response)["message"].startswith("passages: ")  # too many tokens, which is known only once it was read
+
+
 def test_brackets_and_quotes_in_a_text_are_no_parts(client: httpx.Client) -> None:
     passage = "[{" * 60_000 + '"]' * 110_000 + "\\"
     response = client.post("/rerank", json={"query": "a", "passages": ["b", passage]})

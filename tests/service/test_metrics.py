@@ -1,10 +1,12 @@
 """What `/metrics` says: every family that was promised, true to what was served, and summed over processes."""
 
+import contextlib
 import re
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -117,6 +119,51 @@ def test_a_client_that_leaves_is_no_failure_of_the_service(serve: Serve, whole: 
         wait_for(lambda: value(client, 'scaledown_requests_total{route="/answer",status="499"}') == 1)
         assert value(client, 'scaledown_errors_total{code="client_left"}') == 1
         assert 'status="503"' not in client.get("/metrics").text
+
+
+ENDLESS = {**LONG, "max_new_tokens": 5000, "stream": True}
+
+
+@contextlib.contextmanager
+def being_written(client: httpx.Client) -> Iterator[None]:
+    """A stream whose answer has begun, and which is left before its end."""
+    with client.stream("POST", "/answer", json=ENDLESS) as response:
+        lines = response.iter_lines()  # held: the stream is closed with it
+        while next(lines) != "event: token":
+            pass
+        yield
+
+
+def test_a_stream_that_is_left_counts_with_what_was_done(serve: Serve) -> None:
+    label = '{checkpoint="untrained"}'
+    with serve(max_new_tokens=5000) as client:
+        with being_written(client):
+            assert value(client, "scaledown_time_to_first_token_seconds_count") == 1
+            assert value(client, "scaledown_requests_in_flight") == 1
+        wait_for(lambda: value(client, 'scaledown_requests_total{route="/answer",status="499"}') == 1)
+        assert value(client, 'scaledown_errors_total{code="client_left"}') == 1
+        assert value(client, 'scaledown_requests_total{route="/answer",status="200"}') == 0
+        assert value(client, "scaledown_time_to_first_token_seconds_count") == 1
+        assert value(client, f"scaledown_prompt_tokens_total{label}") > 0
+        assert 0 < value(client, f"scaledown_completion_tokens_total{label}") < 5000
+        assert value(client, 'scaledown_stage_seconds_count{stage="decode"}') == 1
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_missed_deadline_counts_with_the_stage_it_was_missed_in(serve: Serve, stream: bool) -> None:
+    with serve(max_sequences=1, max_new_tokens=5000) as client:
+        with being_written(client):
+            client.post("/answer", json={**ENDLESS, "stream": stream, "timeout": 0.5})  # waits for the only slot
+            assert value(client, 'scaledown_errors_total{code="deadline"}') == 1
+            assert value(client, 'scaledown_stage_seconds_count{stage="first_token"}') == 1
+            assert value(client, 'scaledown_stage_seconds_sum{stage="total"}') >= 0.5
+            assert value(client, 'scaledown_prompt_tokens_total{checkpoint="untrained"}') == 0
+        wait_for(lambda: value(client, "scaledown_requests_in_flight") == 0)
+        assert value(client, "scaledown_time_to_first_token_seconds_count") == 1  # of the answer that had begun
+        client.post("/answer", json={**ENDLESS, "stream": stream, "timeout": 1})
+        wait_for(lambda: value(client, "scaledown_time_to_first_token_seconds_count") == 2)
+        assert value(client, 'scaledown_stage_seconds_count{stage="decode"}') == 2
+        assert value(client, 'scaledown_completion_tokens_total{checkpoint="untrained"}') > 1
 
 
 WORKERS = """

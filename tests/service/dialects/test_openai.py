@@ -246,6 +246,28 @@ def test_what_is_refused_names_its_parameter(
     assert set(caught.value.body) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reasoning_effort": "low"},
+        {"verbosity": "high"},
+        {"prompt_cache_retention": "24h"},
+        {"prediction": {"type": "content", "content": "Marie"}},
+        {"functions": [], "function_call": "auto"},
+        {"seed": -1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_has_no_effect_is_accepted(client: httpx.Client, ai: openai.OpenAI, change: dict[str, Any]) -> None:
+    assert chat(ai, **change).choices[0].message.content == answer(client)["answer"]
+
+
+def test_a_negative_seed_is_one_of_its_own(ai: openai.OpenAI) -> None:
+    said = [chat(ai, seed=seed, temperature=3.0).choices[0].message.content for seed in (-1, -1, -2, 1)]
+    assert said[0] == said[1]
+    assert len(set(said)) == 3
+
+
 @pytest.mark.parametrize("prompt", [5, [], ["a", "b"], [""], {}])
 def test_a_prompt_that_is_no_question_is_refused_by_its_name(client: httpx.Client, prompt: object) -> None:
     body = {"model": "scaledown", "prompt": prompt, "documents": ["a"]}

@@ -123,6 +123,26 @@ def test_jina_and_vllm_errors_are_in_one_body(client: httpx.Client) -> None:
     assert refused.headers["x-request-id"]
 
 
+def test_jinas_body_is_also_read_where_infinity_and_vllm_take_it(serve: Serve) -> None:
+    with serve(max_passages=3) as client:
+        body = {"model": "any", "query": QUERY, "documents": TEXTS, "top_n": 2}
+        bare, versioned = (client.post(path, json=body).json() for path in ("/rerank", "/v1/rerank"))
+        assert {**bare, "id": None} == {**versioned, "id": None}
+        raw, same = (
+            client.post("/rerank", json={**body, **asked}).json()["results"]
+            for asked in ({"raw_scores": True}, {"use_activation": False})
+        )
+        assert raw == same != bare["results"]
+        for wrong in ({"documents": ["a", ""]}, {"documents": ["a"] * 4}, {"top_n": "many"}, {"texts": TEXTS}):
+            refused = client.post("/rerank", json={**body, **wrong})
+            assert set(refused.json()) == ({"error", "error_type"} if "texts" in wrong else {"detail", "error"})
+            assert refused.status_code == (422 if "texts" in wrong else 400)
+        assert (
+            error(client.post("/rerank", json={"query": QUERY, "passages": TEXTS, "documents": TEXTS}))["field"]
+            == "documents"
+        )
+
+
 def test_tei(client: httpx.Client) -> None:
     body = {"query": QUERY, "texts": TEXTS}
     got = client.post("/rerank", json=body).json()
