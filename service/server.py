@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import gc
 import logging
+import os
 import signal
 import sys
 import termios
@@ -161,7 +162,15 @@ class Server(uvicorn.Server):
         signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end."""
+        """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end.
+
+        While the model is loaded the process ends at once: nobody is served, and a thread that loads cannot be stopped.
+        """
+        if not self.started:
+            try:
+                log.info("stopped during the start", extra={"signal": signal.Signals(sig).name})
+            finally:
+                os._exit(128 + sig if sig == signal.SIGINT else 0)
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         if not self.should_exit:
