@@ -19,16 +19,20 @@ class CheckpointAction(Strict):
 
     action: Literal["load", "activate", "rollback"]
     name: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="folder under the checkpoint root, or for activate a version that is kept"
+        default=None, description="folder under the checkpoint root, or for activate a version in memory"
     )
 
 
 class CheckpointList(BaseModel):
-    """`active` serves; `kept` can be rolled back to, the next one last; `available` are folders on disk."""
+    """`active` serves; `kept` served before and can be rolled back to, the next one last; `available` are on disk.
+
+    `loaded` is in memory, to be activated; it has not served since it was loaded. One is held so.
+    """
 
     active: str
     kept: list[str]
     available: list[str]
+    loaded: str | None
 
 
 class CheckpointChange(CheckpointList):
@@ -63,7 +67,7 @@ async def change_checkpoint(body: CheckpointAction, request: Request) -> Checkpo
 async def _state(request: Request) -> dict[str, object]:
     state = await control_of(request).state()
     root = checkpoint_root(request.app.state.engine.settings)
-    return {"active": state.active, "kept": state.kept, "available": available_under(root)}
+    return {"active": state.active, "kept": state.kept, "available": available_under(root), "loaded": state.loaded}
 
 
 def control_of(request: Request) -> CheckpointControl:

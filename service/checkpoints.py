@@ -31,10 +31,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """The version that serves, and those that are kept, the next rollback last."""
+    """The version that serves; those that served before and are kept, the next rollback last; one that is to serve."""
 
     active: str
     kept: tuple[str, ...]
+    loaded: str | None = None
 
 
 class Replica(Protocol):
@@ -47,7 +48,7 @@ class Replica(Protocol):
         """
 
     async def commit(self, active: str, kept: Sequence[str]) -> None:
-        """Start new requests on `active` and unload what is neither that nor among `kept`."""
+        """Start new requests on `active` and unload what is neither that nor among `kept`: all that are to stay."""
 
     async def discard(self) -> None:
         """Forget what was prepared since the last commit."""
@@ -63,13 +64,16 @@ class CheckpointControl(Protocol):
         """Take in a replica that has prepared `checkpoint`; when this returns, it serves the active version."""
 
     async def load(self, name: str) -> str:
-        """Load and verify a folder under the root and keep it; return its version. Raises CheckpointError."""
+        """Load and verify a folder under the root, to serve it later; return its version. Raises CheckpointError.
+
+        One version is held so: another one that was loaded, and has not been activated since, makes room for it.
+        """
 
     async def activate(self, name: str) -> str:
-        """Serve a folder under the root, or a version that is kept; return its version. Raises CheckpointError."""
+        """Serve a folder under the root, or a version in memory; return its version. Raises CheckpointError."""
 
     async def roll_back(self) -> str:
-        """Serve the version that was kept last. Raises CheckpointError where none is."""
+        """Serve the version that served before. Raises CheckpointError where it is not in memory."""
 
     async def follow_link(self) -> None:
         """Serve what the configured checkpoint path points at now; log, and keep the old one, where that fails."""
@@ -89,7 +93,8 @@ class Checkpoints:
         self._settings = settings
         self._count = count
         self._active: Checkpoint | None = None
-        self._kept: list[Checkpoint] = []  # oldest first
+        self._kept: list[Checkpoint] = []  # served before; oldest first
+        self._loaded: Checkpoint | None = None  # apart from those: what has not served is nothing to roll back to
         self._exclusive = asyncio.Lock()
         self._changing = False
         self._root = checkpoint_root(settings)
@@ -108,29 +113,29 @@ class Checkpoints:
                 self._active, self._followed = checkpoint, checkpoint.folder
             elif checkpoint.version != self._active.version:
                 await replica.prepare(self._active.folder, self._active.version)
-            await replica.commit(self._active.version, self._kept_names())
+            await replica.commit(self._active.version, self._others())
             self.replicas.append(replica)
 
     async def load(self, name: str) -> str:
-        """Have a folder under the root in memory, to be activated later."""
+        """Have a folder under the root in memory, to be activated later, in place of what was loaded so before."""
         async with self._change():
             target = await self._prepare(self._folder(name), None)
             if target.version not in (self._version(), *self._kept_names()):
-                self._keep(target)
+                self._loaded = target
             await self._commit()
             return target.version
 
     async def activate(self, name: str) -> str:
         """Serve a folder under the root, or a version that is in memory, from now on."""
         async with self._change():
-            in_memory = [*self._kept, *([self._active] if self._active else [])]
-            known = next((each for each in in_memory if each.version == name), None)
+            in_memory = (self._active, self._loaded, *self._kept)
+            known = next((each for each in in_memory if each is not None and each.version == name), None)
             if known is not None:
                 return await self._switch(known.folder, known.version)
             return await self._switch(self._folder(name), None)
 
     async def roll_back(self) -> str:
-        """Serve the version that was kept last."""
+        """Serve the version that served before."""
         async with self._change():
             if not self._kept:
                 raise CheckpointError("no earlier checkpoint is kept in memory")
@@ -165,7 +170,8 @@ class Checkpoints:
 
     async def state(self) -> CheckpointState:
         """Which versions there are."""
-        return CheckpointState(self._version(), self._kept_names())
+        loaded = self._loaded.version if self._loaded else None
+        return CheckpointState(self._version(), self._kept_names(), loaded)
 
     @contextlib.asynccontextmanager
     async def _change(self) -> AsyncIterator[None]:
@@ -201,6 +207,8 @@ class Checkpoints:
         if before is not None and target.version != before.version:
             self._kept = [kept for kept in self._kept if kept.version != target.version]
             self._keep(before)
+            if self._loaded is not None and self._loaded.version == target.version:
+                self._loaded = None
             self._active = target  # from here on it is decided: a replica that dies comes back with the new version
             await self._commit()
             self._count("ok")
@@ -209,7 +217,7 @@ class Checkpoints:
 
     async def _commit(self) -> None:
         """The second phase. It can fail only in a replica whose process is gone."""
-        commits = (replica.commit(self._version(), self._kept_names()) for replica in tuple(self.replicas))
+        commits = (replica.commit(self._version(), self._others()) for replica in tuple(self.replicas))
         for outcome in await asyncio.gather(*commits, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 log.error("a worker did not switch and has to start again", extra={"reason": str(outcome)})
@@ -223,6 +231,10 @@ class Checkpoints:
 
     def _kept_names(self) -> tuple[str, ...]:
         return tuple(kept.version for kept in self._kept)
+
+    def _others(self) -> tuple[str, ...]:
+        """What stays in memory beside the active version."""
+        return (*self._kept_names(), *((self._loaded.version,) if self._loaded else ()))
 
     def _folder(self, name: str) -> Path:
         """The folder of that name under the root; nothing outside of it can be named, not through links either."""

@@ -62,7 +62,7 @@ class Engine:
         self.sessions: set[Session] = set()
         self.server = VllmServer(settings, metrics) if settings.generator_url else None
         self.active: Version | None = None
-        self.offered: Mapping[str, Version] = {}  # what a request may name: the active version and those kept
+        self.offered: Mapping[str, Version] = {}  # what a request may name: the active version and others kept
         self.refusal: ScaledownError | None = None  # why nothing is admitted, while draining or dead
         self.worker.start()
 

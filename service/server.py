@@ -1,9 +1,14 @@
-"""uvicorn with our ending and our patience: signals drain, and a request's head has to arrive in time."""
+"""uvicorn with our ending and our patience: signals drain, heads arrive in time, and responses are read."""
 
 import asyncio
+import contextlib
+import fcntl
 import gc
 import logging
+import os
 import signal
+import sys
+import termios
 from collections.abc import Coroutine
 from types import FrameType
 from typing import Any
@@ -13,6 +18,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.settings import Settings
+from service.streaming import SLOW_READER_SECONDS
 
 log = logging.getLogger(__name__)
 HEAD_SECONDS = 10.0
@@ -25,10 +31,16 @@ class PatientProtocol(H11Protocol):
     """Closes a connection whose request line and headers do not arrive in time (uvicorn waits for ever).
 
     The body has a time limit of its own, and silence between two requests is uvicorn's `timeout_keep_alive`.
+    Drops one whose client takes nothing of a response for so long: what is left of it is in this process's memory, and
+    its request holds no place any more. A stream that has not ended has a limit of its own, `service.streaming`'s.
     """
 
     head_seconds = HEAD_SECONDS
+    slow_reader_seconds = SLOW_READER_SECONDS
     _timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
+    _left = 0  # bytes that the client had not taken when it last took some
+    _taken_at = 0.0  # when that was
 
     def connection_made(self, transport: Any) -> None:
         """A client has connected."""
@@ -43,7 +55,44 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """A client has left."""
         self._stop()
+        self._watch_reader()  # nothing is left to take: this ends it
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """What a client has not taken has become much."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        """A response is on its way as a whole."""
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """Measure from now on for how long the client takes nothing."""
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+        if self.transport.get_write_buffer_size():
+            self._left, self._taken_at = untaken(self.transport), self.loop.time()
+            self._check_reader_later()
+
+    def _check_reader_later(self) -> None:
+        self._reader_timer = self.loop.call_later(self.slow_reader_seconds / 10, self._check_reader)
+
+    def _check_reader(self) -> None:
+        self._reader_timer = None
+        if not self.transport.get_write_buffer_size():
+            return
+        left, now = untaken(self.transport), self.loop.time()
+        streaming = self.cycle.response_started and not self.cycle.response_complete
+        if left < self._left or (streaming and not self.transport.is_closing()):
+            self._left, self._taken_at = left, now
+        if now - self._taken_at < self.slow_reader_seconds:
+            self._check_reader_later()
+            return
+        log.warning("a client does not read its response, and is dropped", extra={"bytes": left})
+        self.transport.abort()  # to close would be to wait for it
 
     def _watch(self) -> None:
         cycle = getattr(self, "cycle", None)  # None before the first request, whatever uvicorn's annotation says
@@ -61,6 +110,18 @@ class PatientProtocol(H11Protocol):
         self._timer = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def untaken(transport: asyncio.WriteTransport) -> int:
+    """Bytes written to a client that it has not taken: those in memory here, and those the kernel still has.
+
+    The kernel takes more only when much of what it has is gone: of a slow client the first alone would stand still.
+    """
+    left = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError):  # not every kernel tells
+        sent = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        left += int.from_bytes(sent, sys.byteorder)
+    return left
 
 
 class Server(uvicorn.Server):
@@ -101,7 +162,15 @@ class Server(uvicorn.Server):
         signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end."""
+        """Stop admitting at once; a second Ctrl-C stops without waiting. The signal is not raised again at the end.
+
+        While the model is loaded the process ends at once: nobody is served, and a thread that loads cannot be stopped.
+        """
+        if not self.started:
+            try:
+                log.info("stopped during the start", extra={"signal": signal.Signals(sig).name})
+            finally:
+                os._exit(128 + sig if sig == signal.SIGINT else 0)
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         if not self.should_exit:

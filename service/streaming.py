@@ -19,7 +19,8 @@ from service.responses import answer_response, answered_passages
 from service.session import Session
 
 log = logging.getLogger(__name__)
-SLOW_READER_SECONDS = 10.0  # beyond the deadline, for a client to take in what was sent before
+# For a stream's client, beyond the deadline, to take in what was sent before; for others, to take nothing meanwhile.
+SLOW_READER_SECONDS = 10.0
 
 
 class AnswerFormat(Protocol):

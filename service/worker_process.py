@@ -46,7 +46,7 @@ class SupervisedCheckpoints:
         return str(await self._call("load", name=name))
 
     async def activate(self, name: str) -> str:
-        """Serve a folder, or a version that is kept, in every worker."""
+        """Serve a folder, or a version in memory, in every worker."""
         return str(await self._call("activate", name=name))
 
     async def roll_back(self) -> str:
@@ -60,7 +60,7 @@ class SupervisedCheckpoints:
     async def state(self) -> CheckpointState:
         """Which versions there are."""
         state = await self._call("state")
-        return CheckpointState(state["active"], tuple(state["kept"]))
+        return CheckpointState(state["active"], tuple(state["kept"]), state["loaded"])
 
     async def _call(self, method: str, **values: Any) -> Any:
         assert self._channel is not None  # first_folder comes first

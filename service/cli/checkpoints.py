@@ -95,8 +95,10 @@ def table_of(found: Checkpoints) -> Table:
     table = Table("checkpoint", "state", box=None, header_style="dim", pad_edge=False)
     rows: list[tuple[Any, Any]] = [(found.active, "serves")]
     rows += [(version, "in memory, to roll back to") for version in reversed(found.kept)]
-    loaded = {version.split("@")[0] for version, _ in rows}
-    rows += [(name, "on disk") for name in found.available if name not in loaded]
+    if found.loaded:
+        rows.append((found.loaded, "in memory, to activate"))
+    in_memory = {version.split("@")[0] for version, _ in rows}
+    rows += [(name, "on disk") for name in found.available if name not in in_memory]
     for row in rows:
         table.add_row(*row)
     return table

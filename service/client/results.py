@@ -232,12 +232,14 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """`active` serves; `kept` are in memory, the next rollback last; `available` are folders on disk.
+    """`active` serves; `kept` served before and are in memory, the next rollback last; `available` are on disk.
 
+    `loaded` is in memory too, to be activated; None where nothing was loaded, and from services before it was told.
     `version` is what a change was about; None where nothing was changed.
     """
 
     active: str
     kept: tuple[str, ...]
     available: tuple[str, ...]
+    loaded: str | None = None
     version: str | None = None

@@ -61,7 +61,7 @@ class Held:
 
 
 class ModelReplica:
-    """The last versions that this process was asked for: the active one, those kept, and one that is prepared."""
+    """The last versions that this process was asked for: the active one, those kept, and one more."""
 
     def __init__(self, settings: RaySettings, part: Callable[[Model], None]) -> None:
         configure_logging(settings.log_level)

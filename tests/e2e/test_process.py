@@ -43,6 +43,17 @@ def serve_after_signal(*values):
 command.serve = serve_after_signal
 sys.exit(command.main([]))
 """
+# The service with a model that takes long to load.
+LARGE = """
+import sys, time
+from service import versions
+from service.__main__ import main
+def load(*_):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+versions.load_to_serve = load
+sys.exit(main([]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +160,24 @@ def test_a_terminal_that_closes_during_the_start_ends_nothing(root: Path) -> Non
         assert client.get("/readyz").json()["checkpoint"] == version_of(root / "first")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_during_the_load_ends_the_process_at_once(root: Path, number: signal.Signals, status: int) -> None:
+    environment = {**os.environ, "SCALEDOWN_CHECKPOINT": str(root / "first"), "SCALEDOWN_PORT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LARGE], env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    assert process.stderr is not None
+    try:
+        assert any(line == "loading\n" for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(30) == status
+        assert f'"signal": "{number.name}"' in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def test_the_demo_shows_all_modes_and_stops(

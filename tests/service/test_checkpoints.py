@@ -42,7 +42,12 @@ def test_a_checkpoint_serves_as_its_folder_says(root: Path) -> None:
     with serve_checkpoint(root / "first") as client:
         assert answer(client)["checkpoint"] == version_of(root / "first") == load_checkpoint(root / "first").name
         listed = client.get("/admin/checkpoints", headers=ADMIN).json()
-        assert listed == {"active": version_of(root / "first"), "kept": [], "available": ["first", "second"]}
+        assert listed == {
+            "active": version_of(root / "first"),
+            "kept": [],
+            "available": ["first", "second"],
+            "loaded": None,
+        }
 
 
 def test_activate_and_roll_back(root: Path) -> None:
@@ -78,11 +83,40 @@ def test_a_request_may_name_a_version_that_is_in_memory(root: Path) -> None:
         assert client.post("/rerank", json=body).json()["checkpoint"] == second
 
 
-def test_load_keeps_without_serving(root: Path) -> None:
-    with serve_checkpoint(root / "first") as client:
-        loaded = change(client, "load", "second").json()
-        assert loaded["active"] == version_of(root / "first")
-        assert loaded["kept"] == [version_of(root / "second")]
+@pytest.fixture(scope="module")
+def four(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with checkpoints a to d; c and d are copies of the first two, and versions of their own."""
+    folder = tmp_path_factory.mktemp("four")
+    for name, source in zip("abcd", ("first", "second") * 2, strict=True):
+        shutil.copytree(root / source, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_version_that_was_only_loaded_is_not_rolled_back_to(four: Path, keep: int) -> None:
+    a, b, c, d = (version_of(four / name) for name in "abcd")
+    with serve_checkpoint(four / "a", keep_checkpoints=keep) as client:
+        change(client, "activate", "b")
+        for name, version in (("c", c), ("d", d)):  # one is held: the second takes the first one's place
+            loaded = change(client, "load", name).json()
+            assert (loaded["active"], loaded["kept"], loaded["loaded"]) == (b, [a], version)
+        assert f'checkpoint="{c}"' not in client.get("/metrics").text
+        back = change(client, "rollback").json()
+        assert (back["active"], back["kept"], back["loaded"]) == (a, [b], d)
+        served = change(client, "activate", d).json()  # by version: it is in memory
+        assert (served["active"], served["kept"], served["loaded"]) == (d, [b, a][-keep:], None)
+        assert change(client, "rollback").json()["active"] == a
+
+
+def test_what_was_loaded_is_there_though_nothing_is_kept(root: Path) -> None:
+    second = version_of(root / "second")
+    with serve_checkpoint(root / "first", keep_checkpoints=0) as client:
+        assert change(client, "load", "second").json()["loaded"] == second
+        body, named = {"query": QUERY, "passages": PASSAGES}, {"X-Checkpoint": second}
+        assert client.post("/rerank", json=body, headers=named).json()["checkpoint"] == second
+        assert change(client, "rollback").status_code == 409
+        assert change(client, "load", "first").json()["loaded"] == second  # what serves is in memory already
+        assert change(client, "activate", "second").json()["loaded"] is None
 
 
 def test_nothing_to_roll_back_to(root: Path) -> None:

@@ -29,12 +29,18 @@ def test_those_of_a_service(
         monkeypatch.setenv("SCALEDOWN_URL", str(client.base_url))
         assert run(capsys, "list")["available"] == ["first", "second"]
         assert run(capsys, "activate", "first")["active"] == first
-        assert run(capsys, "load", "second")["kept"] == [second]
+        before = run(capsys, "list")["kept"]
+        loaded = run(capsys, "load", "second")
+        assert (loaded["loaded"], loaded["kept"]) == (second, before)
         assert client.get("/readyz").json()["checkpoint"] == first
         assert main(["checkpoints", "list"]) == 0
         shown = capsys.readouterr().out.splitlines()[1:]
-        assert [line.split()[:2] for line in shown] == [[first, "serves"], [second, "in"]]
-        assert run(capsys, "rollback")["active"] == second
+        assert [line.rstrip().split(maxsplit=1) for line in shown] == [
+            [first, "serves"],
+            [before[0], "in memory, to roll back to"],
+            [second, "in memory, to activate"],
+        ]
+        assert run(capsys, "rollback")["active"] == before[0]
         assert main(["checkpoints", "activate", "nowhere"]) == 2
         assert "nowhere" in capsys.readouterr().err
         monkeypatch.setenv("SCALEDOWN_ADMIN_KEY", "sha256:" + "0" * 64)
