@@ -212,6 +212,7 @@ def _merge(staging: Path, config: Config, base: BaseModel, dtype: torch.dtype) -
         (staging / ADAPTER).unlink()
     # One file: the manifest bounds its size, and no index has to be trusted.
     generator.to(dtype).model.save_pretrained(staging / MERGED, max_shard_size="1TB")
+    (staging / MERGED / "model.safetensors").chmod(0o644)  # as `write_tensors` does, and why it does
     _write_model_folder(staging / MERGED, generator.model.config, generator.tokenizer)
 
 

@@ -8,6 +8,7 @@ import torch
 from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
 from core.accelerators.generator_artifact import accelerate_generator
+from core.accelerators.record import read_record
 from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.compute_dtype import best_dtype
@@ -42,7 +43,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if settings.quantize is not None and settings.accelerator != "eager":
         raise ConfigError(f"quantize: the graphs of accelerator {settings.accelerator} are not quantised; drop one")
     folder = folder or configured_folder(settings)
-    dtype = compute_dtype(settings)
+    dtype = compute_dtype(settings, folder)
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)
         if settings.accelerator != "eager":
@@ -76,11 +77,16 @@ def _take_graphs(model: Model, folder: Path, settings: Settings) -> None:
         model.generator.max_tokens = graphs.buckets.capacity  # what limits and plans go by
 
 
-def compute_dtype(settings: Settings) -> torch.dtype:
-    """What `auto` stands for here. The graphs of an accelerator are made for one format, by default float32."""
+def compute_dtype(settings: Settings, folder: Path | None = None) -> torch.dtype:
+    """What `auto` stands for here: for an accelerator, the format that the graphs of `folder` were made in.
+
+    Raises CheckpointError where it has none.
+    """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    return best_dtype(torch.device(settings.device)) if settings.accelerator == "eager" else torch.float32
+    if settings.accelerator == "eager" or folder is None:
+        return best_dtype(torch.device(settings.device))
+    return DTYPES[read_record(folder.resolve()).dtype]
 
 
 def load_to_serve(settings: Settings, folder: Path | None) -> Model:

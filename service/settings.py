@@ -67,8 +67,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="number format of the weights; auto: bfloat16 where the CPU or GPU computes in it and no graphs "
-        "are used, else float32",
+        description="number format of the weights; auto: bfloat16 where the CPU or GPU computes in it, else float32; "
+        "with an accelerator, what its graphs were made in",
     )
     quantize: Literal["int8"] | None = Field(
         default=None,

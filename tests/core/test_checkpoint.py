@@ -44,6 +44,11 @@ def assert_same(one: Answer, other: Answer) -> None:
         assert [chunk.score for chunk in a.chunks] == [chunk.score for chunk in b.chunks]
 
 
+def all_may_read(folder: Path) -> bool:
+    """Whether every user may read every file."""
+    return all(file.stat().st_mode & 0o444 == 0o444 for file in folder.rglob("*") if file.is_file())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("generator", "encoder"), [("tiny_mistral", None), ("tiny_qwen2", "tiny_modernbert"), ("tiny_llama", "tiny_bert")]
@@ -54,7 +59,7 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(
     encoder_folder = None if encoder is None else request.getfixturevalue(encoder)
     model = build_model(make_config(request.getfixturevalue(generator), encoder_folder), dtype=dtype)
     save_checkpoint(model, tmp_path / "v1", dtype=dtype)
-    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "v1").rglob("*") if file.is_file())
+    assert all_may_read(tmp_path / "v1")
     loaded = load_checkpoint(tmp_path / "v1", dtype=dtype)
     assert loaded.config == model.config
     assert_same(ask(loaded), ask(model))
@@ -81,6 +86,7 @@ def test_a_merged_generator_needs_no_base_model(tmp_path: Path, saved: Path, tin
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     model = build_model(make_config(base, None, LORA))
     save_checkpoint(model, tmp_path / "merged", adapter=random_adapter(model), merge=True)
+    assert all_may_read(tmp_path / "merged")
     merge_lora(model.generator.model, random_adapter(model), LORA)
     shutil.rmtree(base)
     loaded = load_checkpoint(tmp_path / "merged")

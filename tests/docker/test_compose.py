@@ -1,6 +1,7 @@
 """docker-compose.yml: what it promises about settings, shutdown, isolation and secrets. No engine runs here."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,9 @@ FETCHING = ("service-cpu", "service-gpu", "service-neuron")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 # What uvicorn gives connections beyond the drain, and the worker's thread to end (service/__main__.py, engine.py).
 AFTER_DRAIN_SECONDS = 10
+# What docs for operators name, and a profile, the image, a mount or a secret sets here.
+SET_HERE = {"ACCELERATOR", "DEVICE", "HOST", "PORT", "MAX_MODEL_BYTES", "CHECKPOINT_ROOT"}
+SET_HERE |= {"API_KEYS", "ADMIN_KEY", "DOCUMENT_CACHE_REDIS"}
 
 
 def with_defaults(value: str) -> str:
@@ -62,6 +66,23 @@ def test_every_setting_that_is_named_exists() -> None:
     named = {name.removeprefix(PREFIX).lower() for name in re.findall(rf"{PREFIX}[A-Z_]+", TEXT)}
     assert named
     assert named <= set(Settings.model_fields)
+
+
+def test_what_the_docs_tell_operators_to_set_is_handed_on() -> None:
+    pages = [(ROOT / "docs" / f"{name}.md").read_text() for name in ("operate", "hardware", "caches", "faq")]
+    told = {name for page in pages for name in re.findall(rf"{PREFIX}([A-Z_]+)", page)}
+    assert told - {name.removeprefix(PREFIX) for name in COMPOSE["x-settings"]} <= SET_HERE
+
+
+def test_a_variable_set_to_nothing_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SCALEDOWN_KV_TOKENS=` in .env is handed on as it is."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    plain = Settings()
+    for name, value in COMPOSE["x-settings"].items():
+        if value is None:
+            monkeypatch.setenv(name, "")
+    assert Settings() == plain
 
 
 @pytest.mark.parametrize("service", OURS)
@@ -143,6 +164,8 @@ def test_only_the_fetch_may_write_base_models(service: str) -> None:
     others = {"documents:/documents", "./checkpoints:/app/checkpoints:ro"}
     assert set(SERVICES[service]["volumes"]) == {"cache:/cache:ro", *others}
     assert "cache:/cache" in SERVICES[fetch]["volumes"]
+    named = [environment_of(each)["SCALEDOWN_CHECKPOINT"] for each in (service, fetch)]
+    assert named[0] == named[1]  # else the base model of another checkpoint would be fetched
     assert "ports" not in SERVICES[fetch]
 
 
@@ -163,7 +186,7 @@ def test_secrets_are_files_and_settings() -> None:
         assert (ROOT / with_defaults(given["file"])).read_text() == ""  # unless one is given, there is no key
     for service in OURS:
         assert set(SERVICES[service]["secrets"]) == set(COMPOSE["secrets"])
-        assert not {"SCALEDOWN_API_KEYS", "SCALEDOWN_ADMIN_KEY"} & set(environment_of(service))
+        assert not {name.upper() for name in COMPOSE["secrets"]} & set(environment_of(service))
 
 
 @pytest.mark.parametrize("service", ["service-gpu", "training", "vllm"])

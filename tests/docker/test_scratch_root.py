@@ -51,8 +51,8 @@ def mounts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     save_checkpoint(build_model(config, seed=1), checkpoint)
     edit_json(checkpoint / "config.json", lambda given: given["generator"].update(base_model="/cache/tiny"))
     sign(checkpoint)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors are written for their owner only: docker/README.md has it chown them
+    for path in (folder / "cache").rglob("*.safetensors"):
+        path.chmod(0o644)  # transformers writes them for their owner only
     return {"/cache": folder / "cache", "/app/checkpoints": folder / "checkpoints"}
 
 

@@ -84,6 +84,13 @@ def test_arguments_are_those_of_the_commands(page: Path) -> None:
                 read(module, rest)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    """Also for those who read a page where it lies: what `make docs` writes is only in the site."""
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
 def test_shapes_are_compared() -> None:
     shown = '{"answer": "1883", "usage": {"tokens": 5}, "passages": [{"id": null}]}'
     assert not differences(shown, '{"answer": "no", "usage": {"tokens": 7.5}, "passages": [{"id": "b"}]}')

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from core.checkpoint import save_checkpoint
@@ -45,13 +46,23 @@ def with_generator(exported: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16(exported: Path) -> Path:
+    """The same weights, with graphs of both models in bfloat16."""
+    folder = exported.parent / "v3"
+    arguments = ["export", str(exported.parent / "plain"), str(folder), "--target", "jit", "--dtype", "bfloat16"]
+    shapes = ["--buckets", "1x96", "--generator", "2x512", "--prefill", "1x512"]
+    assert main([*arguments, *shapes]) == 0
+    return folder
+
+
 def settings(checkpoint: Path, **values: Any) -> Settings:
     return Settings.model_validate({"checkpoint": checkpoint, "batch_wait_ms": 0, "threads": 1, **values})
 
 
-def ask(checkpoint: Path, accelerator: str) -> dict[str, Any]:
+def ask(checkpoint: Path, accelerator: str, **values: Any) -> dict[str, Any]:
     passages = [{"text": passage.text, "title": passage.title} for passage in PASSAGES]
-    with TestClient(create_app(settings(checkpoint, accelerator=accelerator))) as client:
+    with TestClient(create_app(settings(checkpoint, accelerator=accelerator, **values))) as client:
         reply = client.post("/answer", json={"query": QUERY, "passages": passages, "max_new_tokens": 8})
         assert reply.status_code == 200, reply.text
         return dict(reply.json())
@@ -97,6 +108,16 @@ def test_a_start_that_cannot_be_right_is_no_start(exported: Path) -> None:
         load_model(settings(exported, accelerator="jit", dtype="bfloat16"))
     with pytest.raises((CheckpointError, ConfigError), match=r"made for jit|pip\.repos\.neuron\.amazonaws\.com"):
         load_model(settings(exported, accelerator="neuron"))
+
+
+def test_auto_is_the_format_of_the_graphs(exported: Path, in_bfloat16: Path) -> None:
+    for folder, dtype in ((exported, torch.float32), (in_bfloat16, torch.bfloat16)):
+        model = load_model(settings(folder, accelerator="jit", dtype="auto"))
+        assert {each.dtype for each in (*model.generator.parameters(), *model.compressor.parameters())} == {dtype}
+    assert model.generator_graphs is not None
+    assert ask(in_bfloat16, "jit", dtype="auto")["usage"]["completion_tokens"] >= 1
+    with pytest.raises(CheckpointError, match="dtype"):
+        load_model(settings(in_bfloat16, accelerator="jit", dtype="float32"))
 
 
 def test_the_smoke_script_writes_a_receipt(exported: Path, tmp_path: Path) -> None:
