@@ -120,7 +120,7 @@ def _compress(model: Model, query: str, texts: Sequence[str], rate: int) -> tupl
     # In the order given, whatever the config says: two scores that are close must not decide the comparison.
     prompt = model.template.build(query, [Block(memory=passage.memory) for passage in passages])
     memory = torch.cat([passage.memory for passage in passages])  # (M, d)
-    scores = torch.tensor([chunk.score for passage in passages for chunk in passage.chunks])
+    scores = torch.tensor([chunk.score for passage in passages for chunk in passage.chunks], dtype=torch.float32)
     return memory.float().cpu(), scores, prompt
 
 

@@ -78,7 +78,8 @@ class Compressor(nn.Module):
         table = self._embedding_table
         mask_id = self.tokenizer.mask_token_id
         centre = table.mean(0) if mask_id is None else table[mask_id]
-        noise = torch.randn(self.slots.shape, generator=generator) * table.float().std().cpu() * 0.5
+        noise = torch.randn(self.slots.shape, generator=generator, dtype=torch.float32)
+        noise *= table.float().std().cpu() * 0.5
         with torch.no_grad():
             self.slots.copy_(centre.float().cpu() + noise)
 

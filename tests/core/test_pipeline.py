@@ -1,6 +1,7 @@
 """One request, step by step, on tiny models: what each step gives, and what bad input gets."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from core.answer import answer
 from core.config import PromptConfig, RelevanceConfig
@@ -250,3 +252,31 @@ def test_a_large_passage_is_compressed_whole(model: Model) -> None:
     assert len(passage.chunks) == len(request.chunks)
     embeddings = len(passage.memory)
     assert embeddings == sum(math.ceil(chunk.tokens / 8) for chunk in passage.chunks)
+
+
+@pytest.fixture
+def other_default_dtype() -> Iterator[None]:
+    """What a thread of the service sees while transformers loads the next checkpoint in another."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("readout", ["memory", "pooled", "pointer"])
+def test_a_model_loading_elsewhere_changes_no_answer(
+    tiny_llama: Path, tiny_bert: Path, request: pytest.FixtureRequest, readout: str
+) -> None:
+    model = tiny_model(tiny_llama, tiny_bert if readout == "pointer" else None, readout=readout)
+    options = GenerationOptions(temperature=1.5, seed=5, max_new_tokens=40)
+
+    def made() -> tuple[str, list[Tensor], list[float]]:
+        found = answer(model, QUERY, PASSAGES, "hybrid", options=options)
+        chunks = [chunk for passage in found.passages for chunk in passage.chunks]
+        kept = [each for chunk in chunks for each in (chunk.memory, chunk.weights) if each is not None]
+        return found.text, kept, [chunk.score for chunk in chunks]
+
+    text, kept, scores = made()
+    request.getfixturevalue("other_default_dtype")
+    again, same, equal = made()
+    assert (again, equal) == (text, scores)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(kept, same, strict=True))
