@@ -13,7 +13,7 @@ from core.attention import GROUPED
 from core.base_models import BaseModel, first_line
 from core.config import LoraConfig
 from core.errors import BaseModelError, CheckpointError
-from core.pretrained import load_pretrained
+from core.pretrained import check_counts, load_pretrained
 from core.prompts import end_of_turn_id
 from core.tokenization import load_tokenizer
 
@@ -105,6 +105,7 @@ def load_generator(
     base: BaseModel, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
     """Load the frozen causal language model in `base.path`. Raises BaseModelError where it cannot be used."""
+    check_counts(base.path)
     tokenizer = load_tokenizer(base.path)
     model = load_pretrained(
         AutoModelForCausalLM, base, "a causal language model", dtype=dtype, attn_implementation=GROUPED
