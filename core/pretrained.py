@@ -22,9 +22,24 @@ MAX_LAYERS = 1024  # where the number of tensors is not known; the deepest publi
 # Numbers that configs make a list of as many entries of when they are read: num_hidden_layers, as the attribute maps of
 # transformers' configs call it, and others that stand in their code.
 LISTED = frozenset(
-    ["num_hidden_layers", "decoder_num_hidden_layers", "encoder_layers", "decoder_layers", "num_encoder_blocks"]
-    + ["layers", "n_layer", "n_layers", "num_layers", "num_stages", "depth", "num_nextn_predict_layers"]
-    + ["num_mtp_layers", "first_k_dense_replace", "attention_types", "stage_num_blocks"]
+    {
+        "num_hidden_layers",
+        "decoder_num_hidden_layers",
+        "encoder_layers",
+        "decoder_layers",
+        "num_encoder_blocks",
+        "layers",
+        "n_layer",
+        "n_layers",
+        "num_layers",
+        "num_stages",
+        "depth",
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+        "first_k_dense_replace",
+        "attention_types",
+        "stage_num_blocks",
+    }
 )
 
 
