@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.answer import answer
 from core.config import PromptConfig, RelevanceConfig
-from core.errors import InvalidInputError
+from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
 from core.passages import Passage
 from core.pipeline import (
@@ -234,6 +234,15 @@ def test_an_answer_that_leaves_the_prompt_no_room_is_refused(model: Model) -> No
                 plan_request(model, request, policy, max_new_tokens=tokens)
             assert caught.value.field == "max_new_tokens"
     plan_request(model, request, Policy("compressed"), max_new_tokens=positions)  # that answer is cut
+
+
+@pytest.mark.parametrize("mode", ["text", "compressed", "auto"])
+def test_a_query_that_leaves_no_room_is_refused_by_its_name(model: Model, mode: Any) -> None:
+    query, positions = "the " * 9000, model.generator.max_tokens
+    with pytest.raises(TooLargeError, match=rf"query: the prompt takes \d+ tokens .*; at most {positions - 1} fit"):
+        answer(model, query, PASSAGES, mode)
+    request = prepare(model, query, PASSAGES[:1])
+    assert plan_request(model, request, Policy()).read == {0}  # to compress or to rank, its end is enough
 
 
 @pytest.mark.parametrize(
