@@ -58,7 +58,7 @@ class ByteLRU(Generic[K, V]):
             return entry[1]
 
     def put(self, key: K, nbytes: int, make: Callable[[], V]) -> V | None:
-        """Keep what `make()` returns, `nbytes` large, unless `key` is here already or what is being made leaves no room.
+        """Keep what `make()` returns, `nbytes` large, unless `key` is here already or others being made leave no room.
 
         Returns what was kept. What `make` raises passes through, and leaves the cache without the entry.
         """
