@@ -31,6 +31,7 @@ class ByteLRU(Generic[K, V]):
         self.counts = CacheCounts()
         self._entries: OrderedDict[K, tuple[int, V]] = OrderedDict()
         self._bytes = 0  # of the entries, and of those that are being made
+        self._making = 0  # of those alone
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -57,31 +58,33 @@ class ByteLRU(Generic[K, V]):
             return entry[1]
 
     def put(self, key: K, nbytes: int, make: Callable[[], V]) -> V | None:
-        """Keep what `make()` returns, `nbytes` large, unless `key` is here already or it is over the whole limit.
+        """Keep what `make()` returns, `nbytes` large, unless `key` is here already or others being made leave no room.
 
         Returns what was kept. What `make` raises passes through, and leaves the cache without the entry.
         """
         with self._lock:
-            if key in self._entries or nbytes > self.max_bytes:
+            # What other threads are making cannot be dropped for this: where both do not fit, nothing is.
+            if key in self._entries or self._making + nbytes > self.max_bytes:
                 return None
-            while self._bytes + nbytes > self.max_bytes and self._entries:
+            while self._bytes + nbytes > self.max_bytes:
                 _, (freed, _) = self._entries.popitem(last=False)
                 self._bytes -= freed
                 self.counts.evictions += 1
-            if self._bytes + nbytes > self.max_bytes:
-                return None  # other threads are making entries that fill it
             self._bytes += nbytes
+            self._making += nbytes
         kept = False
         try:
             value = make()
             with self._lock:
                 if key not in self._entries:  # another thread may have made the same in the meantime
                     self._entries[key] = (nbytes, value)
+                    self._making -= nbytes
                     kept = True
         finally:
             if not kept:
                 with self._lock:
                     self._bytes -= nbytes
+                    self._making -= nbytes
         return value if kept else None
 
     def discard(self, is_old: Callable[[K], bool]) -> None:

@@ -43,7 +43,7 @@ from core.manifest import (
     write_manifest,
 )
 from core.model import Model, build_compressor, place
-from core.pretrained import check_causal_size, check_layers, read_config
+from core.pretrained import check_causal_size, read_config
 from core.prompts import PromptTemplate
 from core.tensor_files import check_tensors, read_header, read_into, read_tensors, shapes_of, write_tensors
 
@@ -190,7 +190,7 @@ def _load_compressor(folder: Path, config: Config, generator: Generator, stored:
     tensors = len(read_header(folder / COMPRESSOR))
     try:
         if encoder is not None:
-            check_layers(read_config(encoder), tensors)
+            read_config(encoder, tensors)
         # First without memory: a config may ask for any size, but the file's tensors are of the size they are.
         with torch.device("meta"):
             shapes = shapes_of(build_compressor(config, generator, encoder))

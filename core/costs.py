@@ -155,7 +155,9 @@ def measure_token_costs(model: Model, chunks: int = 2, repeats: int = 3) -> Toke
     """
     config, read = model.config.compressor, clock(model.device)
     tokenizers = model.generator.tokenizer, model.compressor.tokenizer
-    text = Passage(WORDS * config.chunk_tokens)
+    most = max(len(encode(tokenizer, WORDS).ids) for tokenizer in tokenizers)
+    # Twice what is read: a short passage is cut evenly, a longer one begins with full chunks.
+    text = Passage(WORDS * max(1, 2 * chunks * config.chunk_tokens // most))
     pieces = chunk_passage(text, 0, *tokenizers, config.chunk_tokens)[:chunks]
     query_ids = encode(model.compressor.tokenizer, WORDS).ids[-config.query_tokens :]
     memory = config.memory_tokens(config.chunk_tokens, config.rates[0])

@@ -13,12 +13,15 @@ from core.attention import GROUPED
 from core.base_models import BaseModel, first_line
 from core.config import LoraConfig
 from core.errors import BaseModelError, CheckpointError
-from core.pretrained import load_pretrained
+from core.pretrained import check_counts, load_pretrained
 from core.prompts import end_of_turn_id
 from core.tokenization import load_tokenizer
 
 ADAPTER_PREFIX = "base_model.model."  # what peft puts before a module's path
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+# What some models (Granite, Cohere, Falcon-H1, Gemma) do to logits behind their head.
+LOGIT_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class Generator(nn.Module):
@@ -102,6 +105,7 @@ def load_generator(
     base: BaseModel, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
     """Load the frozen causal language model in `base.path`. Raises BaseModelError where it cannot be used."""
+    check_counts(base.path)
     tokenizer = load_tokenizer(base.path)
     model = load_pretrained(
         AutoModelForCausalLM, base, "a causal language model", dtype=dtype, attn_implementation=GROUPED
@@ -109,12 +113,23 @@ def load_generator(
     unknown = set(getattr(model.config, "layer_types", None) or ()) - ATTENTION_KINDS
     if unknown:
         raise BaseModelError(f"{base.name} has layers of kind {', '.join(sorted(unknown))}, which cannot be served")
+    _check_logits(model, base)
     try:
         generator = Generator(model, tokenizer)
     # An encoder's tokenizer has no end of a turn; and a chat template is a program, which may raise anything.
     except Exception as error:
         raise BaseModelError(f"{base.name} cannot be a generator: {first_line(error)}") from None
     return generator.to(device).eval().requires_grad_(False)
+
+
+def _check_logits(model: PreTrainedModel, base: BaseModel) -> None:
+    """Raises BaseModelError for a model whose logits are not what its head gives, which is all that is run here."""
+    config = model.config.get_text_config(decoder=True)
+    for names, nothing in ((LOGIT_FACTORS, (None, 1)), (LOGIT_CAPS, (None, 0))):
+        for name in names:
+            value = getattr(config, name, None)
+            if value not in nothing:
+                raise BaseModelError(f"{base.name} has {name} {value} in config.json, which cannot be served")
 
 
 @torch.no_grad()

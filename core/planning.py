@@ -6,7 +6,7 @@ The rules are in `policy.py`; here are the sizes that they are about.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from core.errors import InvalidInputError
+from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
 from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest, passage_text_ids, rerank, rows_of
 from core.policy import Candidate, Choice, Plan, Policy, Size, choose, plan
@@ -26,11 +26,17 @@ def plan_request(
 
     given   for each chunk, what came compressed; empty: nothing did
 
-    Raises InvalidInputError for a rate the checkpoint was not trained for, and where the prompt is over its bound
-    without any passage: the caller's, or what `max_new_tokens` leaves of the model's positions.
+    max_new_tokens  of the answer; 0: none is written, and the query may be of any length
+
+    Raises TooLargeError for a query that leaves no room in the model's positions, InvalidInputError for a rate the
+    checkpoint was not trained for, and where the prompt is over its bound without any passage: the caller's, or what
+    `max_new_tokens` leaves of those positions.
     """
     frame = model.template.frame(request.query, len(request.passages))
     bound, room, positions = policy.max_prompt_tokens, _room(model, policy, max_new_tokens), model.generator.max_tokens
+    if max_new_tokens and frame[0] >= positions:
+        message = f"the prompt takes {frame[0]} tokens without any passage; at most {positions - 1} fit"
+        raise TooLargeError("query", message, positions - 1)
     if bound is not None and frame[0] > bound:
         message = f"is {bound}, but the prompt takes {frame[0]} tokens without any passage"
         raise InvalidInputError("max_prompt_tokens", message)

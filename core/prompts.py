@@ -144,7 +144,7 @@ class PromptTemplate:
         """The prompt of `query` with one block a passage, in the order given."""
         memories = [block.memory for block in blocks if block.memory is not None]
         layout = self.layout(query, (block.content for block in blocks))
-        memory = torch.cat(memories) if memories else torch.zeros(0, 0)  # (M, d)
+        memory = torch.cat(memories) if memories else torch.zeros(0, 0, dtype=torch.float32)  # (M, d)
         return Prompt(layout.ids, layout.memory_mask, memory)
 
     def answer_ids(self, text: str) -> list[int]:
@@ -164,7 +164,7 @@ def stack_prompts(prompts: Sequence[Prompt]) -> Prompt:
     return Prompt(
         pad_sequence([prompt.ids for prompt in prompts], batch_first=True),
         pad_sequence([prompt.memory_mask for prompt in prompts], batch_first=True),
-        torch.cat(memories) if memories else torch.zeros(0, 0),
+        torch.cat(memories) if memories else torch.zeros(0, 0, dtype=torch.float32),
     )
 
 

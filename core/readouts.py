@@ -82,7 +82,7 @@ class PooledReadout(nn.Module):
         begin = slot.view(1, -1, 1) * length.unsqueeze(1)  # (B, L, 1)
         inside = (scaled >= begin) & (scaled < begin + length.unsqueeze(1))
         member = inside & batch.generator_mask.unsqueeze(1)  # (B, L, G)
-        weights = member / member.sum(-1, keepdim=True).clamp(min=1)
+        weights = member.float() / member.sum(-1, keepdim=True).clamp(min=1)
         pooled = weights.to(hidden.dtype) @ take(hidden, batch.chunk_positions)  # (B, L, d_compressor)
         return ReadoutOutput(self.project(pooled), weights=weights)
 

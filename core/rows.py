@@ -42,6 +42,11 @@ class RowFormat:
         fixed = len(self.head) + len(self.joint) + len(self.tail)
         return fixed + len(row.query_ids) + len(row.chunk.compressor_ids) + row.memory_tokens + 1
 
+    def longest(self, config: CompressorConfig) -> int:
+        """Tokens of the longest row that `config` allows, with its slots."""
+        fixed = len(self.head) + len(self.joint) + len(self.tail)
+        return fixed + config.query_tokens + config.chunk_tokens + config.max_memory_tokens + 1
+
 
 @dataclass(frozen=True)
 class RowBatch:

@@ -1,4 +1,8 @@
-"""Choosing the next token: greedy or by chance, each row by its own options. Knows logits, not models or text."""
+"""Choosing the next token: greedy or by chance, each row by its own options. Knows logits, not models or text.
+
+Every tensor of numbers names its dtype, here and wherever requests are served: while transformers loads another model
+in another thread, the default dtype of the process is that model's.
+"""
 
 import math
 from collections.abc import Sequence
@@ -58,7 +62,7 @@ def draw_uniforms(seed: int | None, count: int) -> Tensor:
         source.seed()
     else:
         source.manual_seed(seed)
-    return torch.rand(count, generator=source)
+    return torch.rand(count, generator=source, dtype=torch.float32)
 
 
 def choose_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
@@ -83,7 +87,9 @@ def choose_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Ten
         # has 24 bits, so draw * total stays under total and the token found has some probability.
         cumulative = rows.double().softmax(-1).cumsum(-1)  # (m, V)
         thresholds = uniforms[sampled, None].double() * cumulative[:, -1:]  # (m, 1)
-        tokens[sampled] = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+        found = torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)  # (m,)
+        # Logits that are not finite find none: one such row must not end the pass of all the others.
+        tokens[sampled] = found.clamp(max=rows.shape[-1] - 1)
     return tokens
 
 
@@ -117,9 +123,10 @@ class RowSampler:
         self.tokens, self.positions, self._count, self._top_k = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         ).unbind()
-        self._temperature, self._top_p = torch.zeros(2, slots, device=device).unbind()
+        self._temperature, self._top_p = torch.zeros(2, slots, dtype=torch.float32, device=device).unbind()
         self._max_tokens = max_tokens
-        self._uniforms = torch.zeros(slots, 1, device=device)  # grows to the longest answer that is drawn by chance
+        # Grows to the longest answer that is drawn by chance.
+        self._uniforms = torch.zeros(slots, 1, dtype=torch.float32, device=device)
         self._logits = torch.zeros(slots, vocabulary, dtype=dtype, device=device)
 
     def join(self, first: int, logits: Tensor, lengths: list[int], options: Sequence[GenerationOptions]) -> None:

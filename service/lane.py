@@ -125,7 +125,7 @@ class Lane:
             new_tokens = job.plan.options.max_new_tokens
             choices = choose_modes(self.model, job.request, passages, job.plan.policy, new_tokens)
             prompt = build_prompt(self.model, job.request, passages, [choice.mode for choice in choices])
-            check_prompt(prompt.tokens, new_tokens, self.model)
+            check_prompt(prompt.tokens, new_tokens, self.model, job.request.query)
         except Exception as error:
             self._fail(job, shown(error, job))
             return

@@ -46,12 +46,13 @@ def check_rate(rate: int | None, model: Model) -> None:
         raise InvalidInputError("rate", f"must be one of {', '.join(map(str, rates))}")
 
 
-def check_prompt(prompt_tokens: int, max_new_tokens: int, model: Model) -> None:
-    """Refuse a prompt that leaves no room for its answer."""
+def check_prompt(prompt_tokens: int, max_new_tokens: int, model: Model, query: str) -> None:
+    """Refuse a prompt that leaves no room for its answer; it is the answer that is too long if no passage has room."""
     limit = model.generator.max_tokens
     if prompt_tokens + max_new_tokens > limit:
+        around = model.template.frame(query, 0)[0]
         raise TooLargeError(
-            "passages",
+            "max_new_tokens" if around + max_new_tokens > limit else "passages",
             f"the prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} are over the limit of {limit}",
             limit,
         )

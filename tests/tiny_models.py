@@ -5,6 +5,7 @@ The architectures, chat templates and tokenizers have the shapes of the real one
 
 import shutil
 import string
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,19 +202,34 @@ def _byte_level_bpe(specials: list[str], prefix: str = "", suffix: str = "") -> 
 
 
 def _word_piece() -> Tokenizer:
+    """Lower-casing, of pieces of TEXT's words; other words fall apart into letters."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=600,
-        special_tokens=ENCODER_SPECIALS,
-        initial_alphabet=list(string.ascii_lowercase + string.digits + string.punctuation),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(TEXT))]
+    vocabulary = {piece: index for index, piece in enumerate(_pieces(words, 600))}
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
     _add_around(tokenizer, "[CLS]", "[SEP]")
     return tokenizer
+
+
+def _pieces(words: list[str], size: int) -> list[str]:
+    """`size` tokens: letters, then beginnings and ends of `words`, those that hold most letters of them first.
+
+    Not trained: the order of the trainer's hash table settles its ties, so each process would have another vocabulary.
+    """
+    letters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation, *"".join(words)})
+    counts = Counter(
+        piece
+        for word in words
+        for cut in range(1, len(word))
+        for piece in {word, word[: cut + 1], f"##{word[cut:]}"}
+        if len(piece.removeprefix("##")) > 1
+    )
+    best = sorted(counts, key=lambda piece: (-counts[piece] * len(piece.removeprefix("##")), piece))
+    inner = [f"##{letter}" for letter in letters if letter.isalnum()]
+    return [*ENCODER_SPECIALS, *letters, *inner, *best][:size]
 
 
 def _add_around(tokenizer: Tokenizer, prefix: str, suffix: str) -> None:

@@ -116,7 +116,7 @@ def accelerate(model: Model, folder: Path, accelerator: Accelerator) -> Accelera
     `model` is what `load_checkpoint` made of the same folder. Raises CheckpointError for whatever does not fit, and
     ConfigError where this machine cannot run them.
     """
-    record = read_record_of(folder, model.name)
+    record = read_record_of(folder, model.name, accelerator)
     check_machine(record, model, accelerator)
     refuse_unless(
         architecture=(record.architecture, architecture(model.compressor)),
@@ -152,7 +152,7 @@ def architecture(compressor: Compressor) -> str:
 
 def _reusable(folder: Path, model: Model, accelerator: Accelerator, dtype: torch.dtype) -> GraphsRecord:
     """The record of graphs that fit `model` too. Raises CheckpointError."""
-    record = read_record(folder)
+    record = read_record(folder, accelerator)
     same = {
         "accelerator": record.accelerator == accelerator.name,
         "dtype": DTYPES[record.dtype] == dtype,

@@ -70,7 +70,7 @@ def accelerate_generator(model: Model, folder: Path, accelerator: Accelerator) -
     `model` is what `load_checkpoint` made of the same folder. Raises CheckpointError for whatever does not fit, and
     ConfigError where this machine cannot run them.
     """
-    record = read_record_of(folder, model.name)
+    record = read_record_of(folder, model.name, accelerator)
     if record.generator is None:
         return None
     generator, buckets = model.generator, record.generator.buckets

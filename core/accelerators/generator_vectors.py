@@ -104,7 +104,7 @@ def _read(
 
 
 def _as_prompt(ids: Tensor) -> Prompt:
-    return Prompt(ids, torch.zeros(len(ids), dtype=torch.bool), torch.zeros(0, 0))
+    return Prompt(ids, torch.zeros(len(ids), dtype=torch.bool), torch.zeros(0, 0, dtype=torch.float32))
 
 
 def _example_ids(generator: Generator, bucket: Bucket) -> Tensor:

@@ -124,9 +124,7 @@ def example_batch(compressor: Compressor, bucket: Bucket, first: int = 0) -> Row
 
 def longest_row(compressor: Compressor) -> int:
     """Positions of the longest row that the compressor's settings allow."""
-    config = compressor.config
-    chunk = _chunk(config.chunk_tokens, [0])
-    return compressor.row_format.length(ChunkRow([0] * config.query_tokens, chunk, config.max_memory_tokens))
+    return compressor.row_format.longest(compressor.config)
 
 
 def as_output(tensors: Sequence[Tensor], rows: int) -> CompressorOutput:

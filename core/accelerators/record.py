@@ -68,14 +68,22 @@ class GraphsRecord:
         """How the graphs were compiled."""
         return CompileSpec(self.target, self.compiler_args)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all graphs, as their files are called where they are stored."""
+        return (*map(str, self.buckets), *(self.generator.buckets.names if self.generator else ()))
 
-def read_record(folder: Path) -> GraphsRecord:
+
+def read_record(folder: Path, accelerator: Accelerator | None = None) -> GraphsRecord:
     """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
-    return read_record_of(folder, read_version(folder))
+    return read_record_of(folder, read_version(folder), accelerator)
 
 
-def read_record_of(folder: Path, version: str) -> GraphsRecord:
-    """graphs.json, once every file of `graphs/` is found to be as the manifest of `version` says."""
+def read_record_of(folder: Path, version: str, accelerator: Accelerator | None = None) -> GraphsRecord:
+    """graphs.json, once every file of `graphs/` is found to be as the manifest of `version` says.
+
+    accelerator  is to load the graphs: where it stores them, there must be one for each bucket
+    """
     text = read_bounded(folder / MANIFEST)
     if not version.endswith(f"@{hashlib.sha256(text).hexdigest()[:12]}"):
         raise CheckpointError(f"{folder.name}: was changed while it was loaded")
@@ -85,9 +93,18 @@ def read_record_of(folder: Path, version: str) -> GraphsRecord:
             f"{folder.name}: has no graphs; make them with `python -m training export ... --target jit` (or neuron)"
         )
     for name, record in files.items():
-        if name.startswith(f"{FOLDER}/") and sha256_of(folder / name) != record.sha256:
+        if not name.startswith(f"{FOLDER}/"):
+            continue
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{name}: is missing")
+        if sha256_of(folder / name) != record.sha256:
             raise CheckpointError(f"{name}: its sha256 is not the one in {MANIFEST}")
-    return parse_json(GraphsRecord, read_bounded(folder / FOLDER / RECORD), RECORD)
+    graphs = parse_json(GraphsRecord, read_bounded(folder / FOLDER / RECORD), RECORD)
+    if accelerator is not None and accelerator.suffix is not None and accelerator.name == graphs.accelerator:
+        for name in graphs.names:
+            if f"{FOLDER}/{name}{accelerator.suffix}" not in files:
+                raise CheckpointError(f"{FOLDER}/{name}{accelerator.suffix}: is missing")
+    return graphs
 
 
 def check_machine(record: GraphsRecord, model: Model, accelerator: Accelerator) -> None:

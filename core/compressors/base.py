@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.config import CompressorConfig
+from core.errors import ConfigError
 from core.readouts import Embed, build_readout, take
 from core.rows import RowBatch, RowFormat
 
@@ -25,6 +26,16 @@ class CompressorOutput:
     scores: Tensor
     weights: Tensor | None
     logits: Tensor | None
+
+
+def check_longest_row(row_format: RowFormat, config: CompressorConfig, positions: int | None, reader: str) -> None:
+    """Raises ConfigError where `config` allows longer rows than the `positions` of `reader`; None: no limit."""
+    longest = row_format.longest(config)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"compressor: rows of up to {longest} tokens are over the {reader}'s {positions} positions; "
+            "lower query_tokens or chunk_tokens, or raise rates"
+        )
 
 
 class Compressor(nn.Module):
@@ -78,7 +89,8 @@ class Compressor(nn.Module):
         table = self._embedding_table
         mask_id = self.tokenizer.mask_token_id
         centre = table.mean(0) if mask_id is None else table[mask_id]
-        noise = torch.randn(self.slots.shape, generator=generator) * table.float().std().cpu() * 0.5
+        noise = torch.randn(self.slots.shape, generator=generator, dtype=torch.float32)
+        noise *= table.float().std().cpu() * 0.5
         with torch.no_grad():
             self.slots.copy_(centre.float().cpu() + noise)
 

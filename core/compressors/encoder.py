@@ -3,9 +3,8 @@
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from core.compressors.base import Compressor
+from core.compressors.base import Compressor, check_longest_row
 from core.config import CompressorConfig
-from core.errors import ConfigError
 from core.rows import encoder_row_format
 
 
@@ -20,15 +19,9 @@ class EncoderCompressor(Compressor):
         generator_width: int,
     ) -> None:
         row_format = encoder_row_format(tokenizer, config)
-        fixed = len(row_format.head) + len(row_format.joint) + len(row_format.tail) + config.max_memory_tokens + 1
-        longest = fixed + config.query_tokens + config.chunk_tokens
         backbone = AutoModel.from_config(encoder_config)
         positions = _positions(backbone)
-        if positions is not None and longest > positions:
-            raise ConfigError(
-                f"compressor: rows of up to {longest} tokens are over the encoder's {positions} positions; "
-                "lower query_tokens or chunk_tokens, or raise rates"
-            )
+        check_longest_row(row_format, config, positions, "encoder")
         if hasattr(backbone, "pooler"):
             backbone.pooler = None  # a sentence head that nothing here reads
         super().__init__(config, backbone, tokenizer, row_format, generator_width)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from core.compressors.base import Compressor
+from core.compressors.base import Compressor, check_longest_row
 from core.compressors.prefixes import Continuation, Prefix, Recorder, at_positions, join_hidden, rest_positions
 from core.config import CompressorConfig
 from core.errors import ConfigError
@@ -36,12 +36,14 @@ class NLayersCompressor(Compressor):
             raise ConfigError(
                 f"compressor.n_layers: {config.n_layers} is over the generator's {base_config.num_hidden_layers} layers"
             )
+        row_format = causal_row_format(tokenizer, config)
+        check_longest_row(row_format, config, getattr(base_config, "max_position_embeddings", None), "generator")
         backbone = AutoModel.from_config(first_layers_config(base_config, config.n_layers))
         if not all(hasattr(backbone, part) for part in ("embed_tokens", "layers", "norm")):
             raise ConfigError(f"compressor.kind: n_layers cannot copy layers of a {base_config.model_type} model")
         # The embeddings are the raw residual stream: a final norm trained for the last layer would distort it.
         backbone.norm = nn.Identity()
-        super().__init__(config, backbone, tokenizer, causal_row_format(tokenizer, config), generator_width)
+        super().__init__(config, backbone, tokenizer, row_format, generator_width)
 
     def prefix_like(self, length: int) -> Prefix:
         """A prefix of `length` positions without its numbers, on the meta device."""

@@ -49,7 +49,7 @@ def decode_prefix(key: PrefixKey, blob: bytes, like: Prefix) -> Prefix | None:
         tensors = load(blob)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    prefix = Prefix(tensors.get("keys_values", torch.empty(0)), tensors.get("hidden"))
+    prefix = Prefix(tensors.get("keys_values", torch.empty(0, dtype=torch.float32)), tensors.get("hidden"))
     if not isinstance(metadata, dict) or not _fits(prefix, like):
         return None
     expected = {"format": str(FORMAT), "key": "/".join(key), "sha256": _checksum(prefix)}

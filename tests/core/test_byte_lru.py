@@ -78,6 +78,18 @@ def test_what_is_made_elsewhere_counts_already() -> None:
     assert cache.bytes == 10
 
 
+def test_what_cannot_be_kept_drops_nothing() -> None:
+    cache: ByteLRU[str, int] = ByteLRU(10)
+    cache.put("old", 3, lambda: 1)
+
+    def make() -> int:
+        assert cache.put("late", 5, lambda: 2) is None  # beside 6 that are being made
+        return 3
+
+    assert cache.put("new", 6, make) == 3
+    assert (cache.get("old"), cache.counts.evictions, cache.bytes) == (1, 0, 9)
+
+
 def test_the_same_made_twice_at_once_is_counted_once() -> None:
     cache: ByteLRU[str, int] = ByteLRU(100)
     kept = cache.put("a", 10, lambda: cache.put("a", 10, lambda: 1) or 0)

@@ -93,6 +93,11 @@ def shift_ids(tokenizer: dict[str, Any]) -> None:
         ("golden.json", lambda c: c.update(extra=1), "extra: unknown key"),
         ("golden.json", lambda c: c.update(rate=5), r"golden\.json: rate"),
         ("golden.json", lambda c: c.update(query=" "), r"golden\.json: query"),
+        (
+            "golden.json",
+            lambda c: c.update(query="the " * 9000),
+            r"golden\.json: the prompt has \d+ tokens; at most",
+        ),
         ("golden.json", lambda c: c.update(query="Another question?"), "golden example: memory is off by"),
         ("golden.json", lambda c: c.update(answer_ids=[10**6] * len(c["answer_ids"])), "does not have"),
         ("golden.json", lambda c: c.update(answer_ids=[1] * 10_000), "answer_ids"),

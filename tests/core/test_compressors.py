@@ -100,6 +100,12 @@ def test_rows_longer_than_the_encoder_reads_are_refused(tiny_llama: Path, tiny_b
         build_model(Config(compressor=config, generator=GeneratorConfig(base_model=str(tiny_llama))))
 
 
+def test_rows_longer_than_the_generator_reads_are_refused(tiny_llama: Path) -> None:
+    config = CompressorConfig(n_layers=2, chunk_tokens=2**31 - 1, rates=(1,))
+    with pytest.raises(ConfigError, match=r"rows of up to \d{10} tokens are over the generator's 8192 positions"):
+        build_model(Config(compressor=config, generator=GeneratorConfig(base_model=str(tiny_llama))))
+
+
 def test_the_longest_row_fits_the_encoder(tiny_llama: Path, tiny_bert: Path) -> None:
     # 3 special tokens + 64 of the query + 416 of the chunk + 28 slots + [RR] = 512, all that this BERT has.
     model = tiny_model(tiny_llama, tiny_bert, chunk_tokens=416, query_tokens=64, rates=(15,))

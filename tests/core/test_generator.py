@@ -18,6 +18,7 @@ from core.generator import Generator, load_generator, merge_lora
 from core.prompts import Block, PromptTemplate
 from core.sampling import GenerationOptions
 from core.tokenization import encode
+from tests.tiny_checkpoints import edit_json
 
 ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
 # peft still asks transformers by the property's old name.
@@ -79,6 +80,30 @@ def test_refuses_a_folder_without_safetensors(tiny_llama: Path, tmp_path: Path) 
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(BaseModelError, match="tiny cannot be loaded"):
         load(folder)
+
+
+def granite(llama: Path, folder: Path, **settings: float) -> Path:
+    """Granite is Llama with factors in four places, all 1 where the config does not say."""
+    shutil.copytree(llama, folder)
+    edit_json(folder / "config.json", lambda config: config.update(model_type="granite", **settings))
+    return folder
+
+
+def test_a_model_that_scales_its_logits_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    plain, scaled = granite(tiny_llama, tmp_path / "plain"), granite(tiny_llama, tmp_path / "scaled", logits_scaling=8)
+    generator, ids = load(plain), torch.arange(20, 40)[None]
+    hidden = generator.model.get_decoder()(ids).last_hidden_state[0]
+    torch.testing.assert_close(generator.next_logits(hidden), generator.model(ids).logits[0])
+    with pytest.raises(BaseModelError, match=r"tiny has logits_scaling 8 in config\.json"):
+        load(scaled)
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "lm_head_multiplier", "final_logit_softcapping", "logits_soft_cap"])
+def test_a_model_that_bends_its_logits_is_refused_by_the_name_of_the_setting(
+    tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(BaseModelError, match=f"tiny has {name} 30"):
+        load(granite(tiny_llama, tmp_path / "base", **{name: 30}))
 
 
 def adapter(generator: Generator, tmp_path: Path) -> tuple[dict[str, Tensor], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.accelerators import GeneratorBuckets, JitAccelerator, NeuronAccelerator
-from core.accelerators.artifact import write_graphs
+from core.accelerators.artifact import accelerate, write_graphs
 from core.accelerators.base import Accelerator, CompileSpec
 from core.accelerators.buckets import GOLDEN_TOKENS, parse_buckets
 from core.accelerators.generator_artifact import accelerate_generator
@@ -121,6 +121,23 @@ def test_neuron_graphs_are_stored_without_weights_and_taken_over_by_a_swap(
             assert found[-1] == expected
     assert found[0] != found[1]
     assert len(double.moved) == 2 * len(NAMES)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_stored_graph_that_is_missing_is_named(tiny_llama: Path, tmp_path: Path, listed: bool) -> None:
+    accelerator = NeuronAccelerator(sdk=NeuronDouble())
+    folder = save(tiny_llama, tmp_path / "v1", accelerator)
+    model = load_checkpoint(folder)
+    (folder / "graphs/decode-2x96.neff.pt").unlink()
+    if not listed:
+        sign(folder)
+        model = load_checkpoint(folder)
+    said = r"graphs/decode-2x96\.neff\.pt: is missing"
+    for run in (accelerate, accelerate_generator):
+        with pytest.raises(CheckpointError, match=said):
+            run(model, folder, accelerator)
+    with pytest.raises(CheckpointError, match=said):
+        save(tiny_llama, tmp_path / "v2", accelerator, reuse=folder)
 
 
 def test_a_checkpoint_may_have_the_compressors_graphs_only(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One request, step by step, on tiny models: what each step gives, and what bad input gets."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from core.answer import answer
 from core.config import PromptConfig, RelevanceConfig
-from core.errors import InvalidInputError
+from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
 from core.passages import Passage
 from core.pipeline import (
@@ -234,6 +236,15 @@ def test_an_answer_that_leaves_the_prompt_no_room_is_refused(model: Model) -> No
     plan_request(model, request, Policy("compressed"), max_new_tokens=positions)  # that answer is cut
 
 
+@pytest.mark.parametrize("mode", ["text", "compressed", "auto"])
+def test_a_query_that_leaves_no_room_is_refused_by_its_name(model: Model, mode: Any) -> None:
+    query, positions = "the " * 9000, model.generator.max_tokens
+    with pytest.raises(TooLargeError, match=rf"query: the prompt takes \d+ tokens .*; at most {positions - 1} fit"):
+        answer(model, query, PASSAGES, mode)
+    request = prepare(model, query, PASSAGES[:1])
+    assert plan_request(model, request, Policy()).read == {0}  # to compress or to rank, its end is enough
+
+
 @pytest.mark.parametrize(
     "text", ["莱茵河发源于瑞士。", "ينبع نهر الراين", "👩‍👩‍👧🇨🇭", "e\u0301\u0323", "\u200b\u00ad", "\x07", "a"]
 )
@@ -250,3 +261,31 @@ def test_a_large_passage_is_compressed_whole(model: Model) -> None:
     assert len(passage.chunks) == len(request.chunks)
     embeddings = len(passage.memory)
     assert embeddings == sum(math.ceil(chunk.tokens / 8) for chunk in passage.chunks)
+
+
+@pytest.fixture
+def other_default_dtype() -> Iterator[None]:
+    """What a thread of the service sees while transformers loads the next checkpoint in another."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("readout", ["memory", "pooled", "pointer"])
+def test_a_model_loading_elsewhere_changes_no_answer(
+    tiny_llama: Path, tiny_bert: Path, request: pytest.FixtureRequest, readout: str
+) -> None:
+    model = tiny_model(tiny_llama, tiny_bert if readout == "pointer" else None, readout=readout)
+    options = GenerationOptions(temperature=1.5, seed=5, max_new_tokens=40)
+
+    def made() -> tuple[str, list[Tensor], list[float]]:
+        found = answer(model, QUERY, PASSAGES, "hybrid", options=options)
+        chunks = [chunk for passage in found.passages for chunk in passage.chunks]
+        kept = [each for chunk in chunks for each in (chunk.memory, chunk.weights) if each is not None]
+        return found.text, kept, [chunk.score for chunk in chunks]
+
+    text, kept, scores = made()
+    request.getfixturevalue("other_default_dtype")
+    again, same, equal = made()
+    assert (again, equal) == (text, scores)
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(kept, same, strict=True))

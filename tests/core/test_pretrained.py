@@ -12,6 +12,7 @@ from torch import Tensor
 from core.checkpoint import load_checkpoint
 from core.errors import BaseModelError
 from core.model import build_model
+from tests.memory import little_memory
 from tests.tiny_checkpoints import edit_json, edit_tensors, make_config, sign
 
 
@@ -65,6 +66,12 @@ def setting(**changes: Any) -> Callable[[Path], None]:
     [
         ("config.json", setting(intermediate_size=10**6), r"describes \d{9} weights, but model\.safetensors has \d{6}"),
         ("config.json", setting(num_hidden_layers=10**6), "num_hidden_layers is 1000000, but the weights are"),
+        ("config.json", setting(num_labels=10**9), "generator/config.json: num_labels is 1000000000, over the limit"),
+        ("config.json", setting(n_layer=10**9), "n_layer is 1000000000, but the weights are"),
+        ("config.json", setting(model_type="gpt2", n_layer=10**9), "n_layer is 1000000000, but the weights are"),
+        ("config.json", setting(attention_types=[[["global"], 10**9]]), "attention_types is 1000000000"),
+        ("config.json", setting(text_config={"num_hidden_layers": 10**9}), "num_hidden_layers is 1000000000"),
+        ("config.json", lambda path: path.write_text('{"a":' * 10**5), "generator/config.json: is not JSON"),
         ("config.json", setting(vocab_size=7), r"embed_tokens\.weight has shape \(700, 64\), not \(7, 64\)"),
         ("config.json", setting(hidden_size="wide"), "generator/config.json: .*'hidden_size'"),
         ("config.json", setting(num_attention_heads=0), "generator/config.json: "),
@@ -83,6 +90,18 @@ def test_a_merged_generator_that_does_not_fit_is_refused(
     folder = shutil.copytree(merged, tmp_path / "v1")
     spoil(folder / "generator" / file)
     sign(folder)
-    with pytest.raises(BaseModelError, match=said) as caught:
+    with little_memory(), pytest.raises(BaseModelError, match=said) as caught:
         load_checkpoint(folder)
     assert str(folder) not in caught.value.message
+
+
+@pytest.mark.parametrize("change", [{"num_labels": 10**9}, {"num_hidden_layers": 10**9}, {"layers": [10**9]}])
+def test_a_base_model_of_unlikely_sizes_is_refused_before_it_takes_memory(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    llama, bert = (shutil.copytree(each, tmp_path / each.name) for each in (tiny_llama, tiny_bert))
+    for folder in (llama, bert):
+        setting(**change)(folder / "config.json")
+    for config in (make_config(llama, None), make_config(tiny_llama, bert)):
+        with little_memory(), pytest.raises(BaseModelError, match=f"config.json: {next(iter(change))} is 1000000000"):
+            build_model(config)

@@ -73,6 +73,12 @@ def test_no_draw_reaches_an_impossible_token(uniform: float) -> None:
     assert token.item() in (1, 2)
 
 
+def test_whatever_is_drawn_there_is_such_a_token() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0], [math.nan, math.nan, math.nan]])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    assert choose_tokens(logits, torch.ones(2), zeros, torch.ones(2), torch.ones(2)).max() < 3
+
+
 rows = st.tuples(st.sampled_from([0.0, 0.7, 1.5]), st.integers(0, 6), st.sampled_from([0.2, 0.8, 1.0]))
 
 

@@ -146,7 +146,17 @@ def test_control_tokens_in_a_passage_stay_text(client: httpx.Client) -> None:
 def test_a_prompt_that_cannot_fit_is_refused(client: httpx.Client) -> None:
     response = client.post("/answer", json={"query": QUERY, "passages": ["word " * 9000], "mode": "text"})
     assert response.status_code == 413
-    assert error(response)["limit"] == 8192
+    assert (error(response)["field"], error(response)["limit"]) == ("passages", 8192)
+
+
+@pytest.mark.parametrize("mode", ["text", "compressed"])
+@pytest.mark.parametrize(("characters", "field"), [(5000, "query"), (2600, "max_new_tokens")])
+def test_a_query_that_leaves_no_room_is_refused_by_its_name(
+    client: httpx.Client, mode: Mode, characters: int, field: str
+) -> None:
+    body = {"query": "日" * characters, "passages": ["Bread."], "mode": mode, "max_new_tokens": 500}  # 3 tokens each
+    response = client.post("/answer", json=body)
+    assert (response.status_code, error(response)["field"]) == (413, field), response.text
 
 
 def test_a_passage_may_be_one_token(client: httpx.Client) -> None:
