@@ -132,7 +132,7 @@ def find_siblings(rows: Sequence[Row]) -> list[list[int]]:
     same: dict[frozenset[str], list[int]] = {}
     for index, key in enumerate(keys):
         same.setdefault(key, []).append(index)
-    return [[other for other in same[key] if key and other != index] for index, key in enumerate(keys)]
+    return [[other for other in same[key] if other != index] if key else [] for index, key in enumerate(keys)]
 
 
 def target_ids(model: Model, row: Row, most: int) -> list[int]:
@@ -168,8 +168,12 @@ def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[lis
 
 
 def most_relevant(passages: Sequence[RowPassage], count: int) -> list[RowPassage]:
-    """The `count` passages of highest relevance, in the order they stand in; of equal ones the first."""
-    by_relevance = sorted(range(len(passages)), key=lambda index: -(passages[index].relevance or 0))
+    """The `count` passages of highest relevance, relevant ones before all, in the order they stand in.
+
+    Of equal ones the first.
+    """
+    best = [(not passage.relevant, -(passage.relevance or 0)) for passage in passages]
+    by_relevance = sorted(range(len(passages)), key=best.__getitem__)
     return [passages[index] for index in sorted(by_relevance[:count])]
 
 
@@ -188,7 +192,7 @@ def find_hits(
     windowed = model.config.compressor.pointer_window > 1
     spans_of: dict[int, list[tuple[int, int]]] = {}
     for index, passage in enumerate(passages):
-        irrelevant = passage.relevance is not None and not passage.relevant
+        irrelevant = passage.judged and not passage.relevant
         spans_of[index] = [] if irrelevant or not words else [m.span() for m in pattern.finditer(passage.content)]
     hits = []
     for chunk in request.chunks:

@@ -125,13 +125,13 @@ def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
 
 
 def _with_scores(rows: Sequence[Row], reranker: RelevanceTeacher, config: LabelConfig) -> list[Row]:
-    """`rows` with the reranker's scores as relevance, all their passages scored together."""
+    """`rows` with the reranker's scores as relevance, all their passages scored together; what was gold stays so."""
     scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
     scale = _sigmoid if config.score == "probability" else float
 
     def scored(passage: RowPassage) -> RowPassage:
         logit = next(scores) + (config.gold_bonus if passage.relevant else 0.0)
-        return replace(passage, relevance=scale(logit))
+        return replace(passage, relevance=scale(logit), gold=passage.relevant if passage.judged else None)
 
     return [replace(row, passages=tuple(scored(passage) for passage in row.passages)) for row in rows]
 

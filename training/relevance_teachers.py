@@ -177,7 +177,7 @@ def _in_order(by_query: Mapping[str, Sequence[int]], scored: Sequence[Sequence[f
 
 def _tells(row: Row) -> bool:
     """Whether all passages are known to be gold or not, and there are both."""
-    known = all(passage.relevance is not None for passage in row.passages)
+    known = all(passage.judged for passage in row.passages)
     return known and len({passage.relevant for passage in row.passages}) == 2
 
 

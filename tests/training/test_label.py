@@ -184,6 +184,18 @@ def test_a_gold_passage_gets_the_bonus_on_its_logit_and_no_other_does(reranker: 
     assert np.subtract(after, before) == pytest.approx([2.5, 0.0, 0.0], abs=1e-5)
 
 
+def test_what_was_gold_stays_so_however_it_is_scored(reranker: Path, tmp_path: Path) -> None:
+    data, once, twice = tmp_path / "rows.jsonl", tmp_path / "once.jsonl", tmp_path / "twice.jsonl"
+    passages = (RowPassage("In the Alps.", relevance=1.0), RowPassage("Bread.", relevance=0.0), RowPassage("Unknown."))
+    write_rows(data, [row(0, passages=passages)])
+    command = ["label", "--reranker", str(reranker), "--device", "cpu"]
+    assert main([*command, "--data", str(data), "--out", str(once)]) == 0
+    assert main([*command, "--data", str(once), "--out", str(twice)]) == 0
+    first, second = read_rows(once)[0][0], read_rows(twice)[0][0]
+    assert [passage.gold for passage in first.passages] == [True, False, None]
+    assert [passage.relevant for passage in second.passages][:2] == [True, False]
+
+
 def test_a_teachers_answer_is_kept_unless_it_is_to_be_made_again(generator: Generator, tmp_path: Path) -> None:
     teacher = CountingTeacher(generator)
     rows = [row(0, teacher_answer="kept"), row(1)]
