@@ -13,7 +13,7 @@ from core.errors import ConfigError, InputError
 from core.model import Model
 from training.arguments import check_file
 from training.batches import TrainExample, find_siblings, make_example, prompt_tokens, row_length
-from training.config import TrainConfig
+from training.config import LABEL_KINDS, TrainConfig
 from training.data_format import Row, read_rows
 from training.data_quality import ReadPolicy
 from training.dev import can_be_read, evaluate_dev
@@ -71,7 +71,7 @@ def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:
     tqdm.write(str(report))
     if not rows:
         raise ConfigError(f"{key} {name}: has no usable row; `prepare` writes such files")
-    if config.loss.relevance > 0 and config.loss.relevance_kind in ("bce", "bce_listwise"):
+    if config.loss.relevance > 0 and config.loss.relevance_kind in LABEL_KINDS:
         check_relevance(rows, key, config.loss.relevance_kind)
     return rows
 
