@@ -1,10 +1,12 @@
 """Tiny training runs for the tests: rows of a made-up world, and settings that train a tiny model in a second."""
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from training.config import TrainConfig
 from training.data_format import Row, RowPassage, write_rows
 from training.objective import Objective
 from training.runtime import AccelerateRuntime
-from training.step import train_step
+from training.step import schedule, train_step
 from training.trainee import build_trainee
 
 PLACES = ("Warsaw", "Germany", "Brazil", "Paris", "Norway", "Vietnam", "Rome", "Chicago")
@@ -125,3 +127,14 @@ def read_metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:
 def losses(folder: Path) -> dict[int, float]:
     """The training loss after each step."""
     return {line["step"]: line["loss"] for line in read_metrics(folder)}
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """A stop signal arrives in step `first`, counted from 0."""
+
+    def stopping(step: int, steps: int, warmup: float) -> float:
+        if step == first:
+            signal.raise_signal(signal.SIGTERM)
+        return schedule(step, steps, warmup)
+
+    monkeypatch.setattr("training.train.schedule", stopping)

@@ -79,7 +79,7 @@ def find_positives(examples: Sequence[Example], collection: Collection, retrieve
     for index, scores in zip(tqdm(bare, desc="positives", unit="row", disable=None), all_scores, strict=True):
         best = first_answering(examples[index], scores, collection, DISTANT_DEPTH)
         if best is not None:
-            positive = replace(collection.passages[best], relevance=1.0)
+            positive = replace(collection.passages[best], relevance=1.0, gold=None)
             found[index] = replace(examples[index], positives=(positive,))
     return found
 
@@ -93,7 +93,7 @@ def _passages(
             return list(example.unjudged[: config.passages])
         if config.without_positives == "unjudged":
             best = islice(ranked(scores), config.passages)
-            return [replace(collection.passages[index], relevance=None) for index in best]
+            return [replace(collection.passages[index], relevance=None, gold=None) for index in best]
         return []
     positives = list({passage.content: passage for passage in example.positives}.values())
     kept = [_judged(passage, 1.0) for passage in positives[: config.passages]]
@@ -106,7 +106,7 @@ def _passages(
     random = random_negatives(example, collection, room - len(hard), hard, rng) if config.mine else []
     given = {passage.content: _judged(passage, 0.0) for passage in example.negatives}
     mined = [collection.passages[index] for index in (*hard, *random)]  # some answer another question
-    negatives = [given.get(passage.content, replace(passage, relevance=0.0)) for passage in mined]
+    negatives = [given.get(passage.content, replace(passage, relevance=0.0, gold=None)) for passage in mined]
     if config.match_titles and not all(passage.title for passage in kept):
         negatives = [replace(passage, title="") for passage in negatives]
     return kept + negatives

@@ -105,7 +105,7 @@ def make_example(
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
     answers = [*row.answers, *([row.teacher_answer] if row.teacher_answer else [])]
-    own = None if empty else make_question(model, row, data, logits)
+    own = make_question(model, row, data, logits) if loss.needs_generator and not empty else None
     sharing = [] if mode != "text" or own is None else rng.sample(siblings, min(data.text_questions - 1, len(siblings)))
     return TrainExample(
         request=request,
@@ -132,7 +132,7 @@ def find_siblings(rows: Sequence[Row]) -> list[list[int]]:
     same: dict[frozenset[str], list[int]] = {}
     for index, key in enumerate(keys):
         same.setdefault(key, []).append(index)
-    return [[other for other in same[key] if key and other != index] for index, key in enumerate(keys)]
+    return [[other for other in same[key] if other != index] if key else [] for index, key in enumerate(keys)]
 
 
 def target_ids(model: Model, row: Row, most: int) -> list[int]:
@@ -168,8 +168,12 @@ def sample_passages(row: Row, data: DataConfig, rng: random.Random) -> tuple[lis
 
 
 def most_relevant(passages: Sequence[RowPassage], count: int) -> list[RowPassage]:
-    """The `count` passages of highest relevance, in the order they stand in; of equal ones the first."""
-    by_relevance = sorted(range(len(passages)), key=lambda index: -(passages[index].relevance or 0))
+    """The `count` passages of highest relevance, relevant ones before all, in the order they stand in.
+
+    Of equal ones the first.
+    """
+    best = [(not passage.relevant, -(passage.relevance or 0)) for passage in passages]
+    by_relevance = sorted(range(len(passages)), key=best.__getitem__)
     return [passages[index] for index in sorted(by_relevance[:count])]
 
 
@@ -188,7 +192,7 @@ def find_hits(
     windowed = model.config.compressor.pointer_window > 1
     spans_of: dict[int, list[tuple[int, int]]] = {}
     for index, passage in enumerate(passages):
-        irrelevant = passage.relevance is not None and not passage.relevant
+        irrelevant = passage.judged and not passage.relevant
         spans_of[index] = [] if irrelevant or not words else [m.span() for m in pattern.finditer(passage.content)]
     hits = []
     for chunk in request.chunks:
@@ -204,27 +208,39 @@ def find_hits(
 
 def prompt_tokens(model: Model, request: PreparedRequest, rows: Sequence[ChunkRow], mode: Mode) -> int:
     """Positions of the generator's prompt; in `hybrid` the most there can be: scores decide what is shown as text."""
+    return background_tokens(model, request, rows, mode) + len(model.template.question_ids(request.query))
+
+
+def background_tokens(model: Model, request: PreparedRequest, rows: Sequence[ChunkRow], mode: Mode) -> int:
+    """Those of `prompt_tokens` before the question."""
     texts = sorted(map(len, passage_text_ids(request)), reverse=True)
     shown = {"compressed": 0, "hybrid": model.config.prompt.hybrid_top, "text": len(texts)}[mode]
     memory = 0 if mode == "text" else sum(row.memory_tokens for row in rows)
-    return model.template.frame(request.query, len(texts))[-1] + memory + sum(texts[:shown])
+    frame = model.template.frame(request.query, len(texts))[-1] - len(model.template.question_ids(request.query))
+    return frame + memory + sum(texts[:shown])
+
+
+def question_tokens(model: Model, question: Question) -> int:
+    """Positions from where the passages end to the end of the answer."""
+    return len(model.template.question_ids(question.query)) + len(question.answer_ids)
 
 
 def example_tokens(model: Model, example: TrainExample) -> int:
     """Positions an example costs, compressor rows and generator prompt together, before padding."""
     rows = sum(model.compressor.row_format.length(row) for row in example.rows)
-    memory = sum(row.memory_tokens for row in example.rows)
-    text = sum(len(row.chunk.generator_ids) for row in example.rows)
-    shown = {"compressed": memory, "text": text, "hybrid": memory + text // len(example.request.passages)}
-    return rows + shown[example.mode] + sum(len(question.answer_ids) for question in example.questions)
+    if not example.questions:
+        return rows
+    background = background_tokens(model, example.request, example.rows, example.mode)
+    return rows + background + sum(question_tokens(model, question) for question in example.questions)
 
 
 def micro_batches(model: Model, examples: Sequence[TrainExample], max_tokens: int) -> list[list[TrainExample]]:
     """Split a batch into pieces of at most `max_tokens` positions (one example at least), like modes together."""
     pieces: list[list[TrainExample]] = []
     used = 0
-    for example in sorted(examples, key=lambda example: (example.mode, example_tokens(model, example))):
-        cost = example_tokens(model, example)
+    costs = [example_tokens(model, example) for example in examples]
+    for index in sorted(range(len(examples)), key=lambda index: (examples[index].mode, costs[index])):
+        example, cost = examples[index], costs[index]
         if not pieces or used + cost > max_tokens or pieces[-1][0].mode != example.mode:
             pieces.append([])
             used = 0

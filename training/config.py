@@ -17,6 +17,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["auto", "bf16", "fp32"]
+RelevanceKind = Literal["mse", "mse_listwise", "bce", "bce_listwise"]
+LABEL_KINDS = ("bce", "bce_listwise")  # they learn labels or probabilities, the others a teacher's scores
 
 
 class Loader(yaml.SafeLoader):
@@ -82,7 +84,7 @@ class LossConfig:
     kl: Weight = 0.0
     kl_temperature: Annotated[float, Field(gt=0)] = 1.0
     relevance: Weight = 0.05
-    relevance_kind: Literal["mse", "mse_listwise", "bce", "bce_listwise"] = "mse"
+    relevance_kind: RelevanceKind = "mse"
     alignment: Weight = 0.0
 
     @property

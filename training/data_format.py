@@ -1,7 +1,7 @@
 """The project's data format: one JSON object a line, and what is done about lines that are not.
 
-    {"id": str, "query": str, "passages": [{"text": str, "title"?: str, "id"?: str, "relevance"?: float}],
-     "answers": [str, ...], "teacher_answer"?: str}
+    {"id": str, "query": str, "answers": [str, ...], "teacher_answer"?: str,
+     "passages": [{"text": str, "title"?: str, "id"?: str, "relevance"?: float, "gold"?: bool}]}
 
 Files that end in .gz are read and written compressed. Does not know where rows come from or what they are for.
 """
@@ -24,13 +24,25 @@ RELEVANT = 0.5  # relevance at or above which a passage counts as relevant, for 
 
 @dataclass(frozen=True, slots=True)
 class RowPassage(Passage):
-    """A passage of a row. `relevance`: 1 gold, 0 negative, or a teacher reranker's score; None: not known."""
+    """A passage of a row.
+
+    relevance  1 gold, 0 negative, or a teacher reranker's score; None: not known
+    gold       what was known before a reranker's score took the place of the label; None: `relevance` says it
+    """
 
     relevance: float | None = None
+    gold: bool | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is known to be relevant or not to be."""
+        return self.gold is not None or self.relevance is not None
 
     @property
     def relevant(self) -> bool:
         """Whether it is known to be relevant."""
+        if self.gold is not None:
+            return self.gold
         return self.relevance is not None and self.relevance >= RELEVANT
 
 
@@ -115,10 +127,11 @@ def parse_passage(values: Any, where: str, max_chars: int | None) -> RowPassage:
         raise RowError("wrong type", f"{where}.relevance must be a number")
     if relevance is not None and not math.isfinite(relevance):
         raise RowError("wrong type", f"{where}.relevance must be finite")
-    identifier = values.get("id")
-    return RowPassage(
-        text, title, None if identifier is None else str(identifier), None if relevance is None else float(relevance)
-    )
+    gold = values.get("gold")
+    if gold is not None and not isinstance(gold, bool):
+        raise RowError("wrong type", f"{where}.gold must be true or false")
+    identifier = None if values.get("id") is None else str(values["id"])
+    return RowPassage(text, title, identifier, None if relevance is None else float(relevance), gold)
 
 
 def parse_row(values: dict[str, Any], policy: ReadPolicy) -> Row:
@@ -189,6 +202,7 @@ def row_to_json(row: Row) -> str:
         | ({"title": passage.title} if passage.title else {})
         | ({"id": passage.id} if passage.id is not None else {})
         | ({"relevance": passage.relevance} if passage.relevance is not None else {})
+        | ({"gold": passage.gold} if passage.gold is not None else {})
         for passage in row.passages
     ]
     values: dict[str, Any] = {"id": row.id, "query": row.query, "passages": passages, "answers": list(row.answers)}

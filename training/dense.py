@@ -34,15 +34,15 @@ def make_retriever(name: str, texts: Sequence[str]) -> Retriever:
 
 
 class _Encoder:
-    """A transformers model in eval mode with its tokenizer."""
+    """A transformers model in eval mode with its tokenizer, on a device; None: CUDA if there is any."""
 
-    def __init__(self, auto: Any, model: str) -> None:
+    def __init__(self, auto: Any, model: str, device: str | None) -> None:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             self.model = auto.from_pretrained(model, trust_remote_code=False, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             raise BaseModelError(f"retriever model {model}: cannot be loaded: {first_line(error)}") from None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model.to(self.device)
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -58,8 +58,8 @@ class DenseEncoder(_Encoder):
     The dot product is then the cosine (Reimers and Gurevych 2019). Raises BaseModelError for another pooling.
     """
 
-    def __init__(self, model: str) -> None:
-        super().__init__(AutoModel, model)
+    def __init__(self, model: str, device: str | None = None) -> None:
+        super().__init__(AutoModel, model, device)
         self._first = _pools_first(model)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -81,10 +81,10 @@ class DenseEncoder(_Encoder):
         return [text[piece[0][0] : piece[-1][1]] for piece in spans]
 
 
-def load_dense(name: str) -> DenseEncoder:
+def load_dense(name: str, device: str | None = None) -> DenseEncoder:
     """The encoder of a demo model's name, a folder or a hub id. Raises BaseModelError."""
     # from the hub by its id: a base model's folder lacks what says how a sentence encoder pools
-    return DenseEncoder(str(resolve_base_model(name).path) if name in DEMO_MODELS else name)
+    return DenseEncoder(str(resolve_base_model(name).path) if name in DEMO_MODELS else name, device)
 
 
 @torch.inference_mode()
@@ -120,8 +120,8 @@ def _pools_first(model: str) -> bool:
 class SpladeEncoder(_Encoder):
     """Largest log(1 + relu(logit)) of each vocabulary word over the text (SPLADE v2, Formal et al. 2021, eq. 6)."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(AutoModelForMaskedLM, model)
+    def __init__(self, model: str, device: str | None = None) -> None:
+        super().__init__(AutoModelForMaskedLM, model, device)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(B, vocabulary) float32, nearly all zeros in a trained model."""

@@ -77,7 +77,7 @@ def evaluate(model: Model, questions: Sequence[Question], results: ResultsFile, 
         plan_request(
             model, prepare(model, question.query, question.passages[:1]), Policy("auto", None, min(plan.budgets))
         )
-    _rank_baselines(questions, results, plan)
+    _rank_baselines(questions, results, plan, str(model.device))
     _answer(model, questions, results, plan)
     _rank(model, questions, results, plan)
     _measure_costs(model, questions, results, plan)
@@ -142,7 +142,7 @@ def _answer(model: Model, questions: Sequence[Question], results: ResultsFile, p
             results.append(record for record in made if _key(record) not in done)
 
 
-def _rank_baselines(questions: Sequence[Question], results: ResultsFile, plan: Plan) -> None:
+def _rank_baselines(questions: Sequence[Question], results: ResultsFile, plan: Plan, device: str) -> None:
     """BM25 and the embedding model on the same passages."""
     counts = plan.ranked_counts
     done = {_key(record) for record in results.records}
@@ -153,7 +153,7 @@ def _rank_baselines(questions: Sequence[Question], results: ResultsFile, plan: P
     def pending(question: Question) -> bool:
         return any(("ranking", question.id, name, count) not in done for count in counts)
 
-    ranker = EmbeddingRanker(name)
+    ranker = EmbeddingRanker(name, device)
     for batch in _batches(questions, plan.batch_size, pending, f"ranking with {name}"):
         records = [record for question in batch for record in ranker.rank(question, counts)]
         results.append(record for record in records if _key(record) not in done)

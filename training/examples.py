@@ -30,7 +30,7 @@ def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
     """An example from plain JSON: `{"id", "query" or "question", "answers"?, "teacher_answer"?, ...}`.
 
     Its passages are `positives` and `negatives` (lists of passages), or `passages` as in the data format, judged by
-    their `relevance`, or both. Raises RowError.
+    their `gold` or `relevance`, or both. Raises RowError.
     """
     identifier = parse_id(values)
     query = parse_string(values, "query" if values.get("question") is None else "question")
@@ -40,10 +40,10 @@ def parse_example(values: dict[str, Any], policy: ReadPolicy) -> Example:
     negatives = _parse_passages(values, "negatives", policy)
     unjudged = []
     for passage in _parse_passages(values, "passages", policy):
-        if passage.relevance is None:
-            unjudged.append(passage)
-        else:
+        if passage.judged:
             (positives if passage.relevant else negatives).append(passage)
+        else:
+            unjudged.append(passage)
     return Example(identifier, query, answers, tuple(positives), tuple(negatives), tuple(unjudged), teacher)
 
 

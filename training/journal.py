@@ -1,6 +1,7 @@
 """An append-only file of finished blocks of rows, so that work killed at any moment goes on where it was.
 
-One line a block; the first line says what the work is: another work never goes on from it. Knows no teachers.
+One line a block; the first line says what the work is: another work never goes on from it. Notes of the work, what is
+to be found out once only, have lines of their own. Knows no teachers.
 """
 
 import json
@@ -17,11 +18,16 @@ TRUSTED = ReadPolicy(need_answer=False)  # its rows were checked before they cam
 
 
 class Journal:
-    """Finished rows by id. A block counts once its whole line is on disk; a torn last line is cut off at opening."""
+    """Finished rows by id. A block counts once its whole line is on disk; a torn last line is cut off at opening.
+
+    rows   what is finished
+    notes  what `note` was given
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Open or begin a journal. Raises ConfigError where `path` holds one of other settings, DataError."""
+        """Open or begin a journal. Raises ConfigError where it is of other settings, DataError where it is damaged."""
         self.rows: dict[str, Row] = {}
+        self.notes: dict[str, Any] = {}
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
@@ -41,27 +47,32 @@ class Journal:
         """Take in what is there, cut off what is torn, and begin the file where nothing is left.
 
         One of other settings without a single block is begun anew: its work ended before it did anything, as it does
-        where a teacher's name is wrong.
+        where a teacher's name is wrong. Raises ConfigError, and DataError where a line before the last is damaged.
         """
         self._file.seek(0)
         kept = 0
         found: Any = settings
-        for number, line in enumerate(self._file):
+        for number, line in enumerate(self._file, start=1):
             try:
                 if not line.endswith(b"\n"):
                     break
                 values = parse_json_line(line)
-                if number == 0:
+                if number == 1:
                     found = values.get("settings")
+                elif isinstance(values.get("notes"), dict):
+                    self.notes |= values["notes"]
                 else:
                     self._remember(parse_row(row, TRUSTED) for row in parse_list(values, "rows"))
-            except RowError:
-                break  # a torn write: this block and what follows is done again
+            except RowError as error:
+                if next(self._file, None) is not None:
+                    raise DataError(f"{self._path}, line {number}: {error}; delete the file to begin anew") from None
+                break  # a torn write: this block is done again
             kept += len(line)
         if found != settings:
             if self.rows:
                 raise self._other_settings(found, settings)
             kept = 0
+            self.notes.clear()
         self._file.truncate(kept)
         if kept == 0:
             self._append(json.dumps({"settings": settings}, sort_keys=True))
@@ -70,6 +81,11 @@ class Journal:
         """Append a finished block; it is on disk when this returns. Raises DataError."""
         self._append(f'{{"rows": [{", ".join(map(row_to_json, rows))}]}}')
         self._remember(rows)
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep `value`, plain JSON, under `name`; it is on disk when this returns. Raises DataError."""
+        self._append(json.dumps({"notes": {name: value}}))
+        self.notes[name] = value
 
     def delete(self) -> None:
         """Remove the journal: the work is done and saved elsewhere."""

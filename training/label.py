@@ -24,11 +24,19 @@ from training.data_format import Row, read_rows, write_rows
 from training.data_quality import DataError, ReadPolicy
 from training.journal import Journal
 from training.labelling import LabelConfig, label_rows, lacks_gold
-from training.relevance_teachers import make_relevance_teacher
+from training.relevance_teachers import (
+    Combination,
+    Ensemble,
+    RelevanceTeacher,
+    fit_combination,
+    make_relevance_teacher,
+)
 from training.teacher_logits import SHARD_PATTERN, tokenizer_fingerprint
 from training.teachers import EndpointTeacher, LocalTeacher, Teacher
 
 log = logging.getLogger(__name__)
+
+COMBINATION = "combination"  # the journal's note of how several rerankers were combined
 
 EXAMPLES = """\
 examples:
@@ -147,10 +155,7 @@ def run(args: argparse.Namespace) -> None:
         if journal.rows:
             log.info("%d of %d rows are already labelled", len(journal.rows), len(rows))
         teacher, tokenizer = _make_teacher(config, args, proven=bool(journal.rows))
-        reranker = None
-        if config.reranker:
-            fit_rows = _read(args.fit_data, args) if args.fit_data else rows
-            reranker = make_relevance_teacher(config.reranker, fit_rows, args.device)
+        reranker = _make_reranker(config, args, rows, journal) if config.reranker else None
         labelled = label_rows(
             rows, config, teacher, reranker, journal, block=args.block, logits=args.logits, tokenizer=tokenizer
         )
@@ -190,6 +195,19 @@ def _make_teacher(config: LabelConfig, args: argparse.Namespace, *, proven: bool
     generator = load_generator(resolve_base_model(config.teacher), device=args.device, dtype=dtype)
     fingerprint = tokenizer_fingerprint(generator.tokenizer.get_vocab())
     return LocalTeacher(generator, prompt, config.max_new_tokens, config.top_k), fingerprint
+
+
+def _make_reranker(
+    config: LabelConfig, args: argparse.Namespace, rows: Sequence[Row], journal: Journal
+) -> RelevanceTeacher:
+    """The reranker, or several in one: fitted once, for all rows of a journal must have scores of one kind."""
+    teachers = [make_relevance_teacher(name, args.device) for name in config.reranker]
+    if len(teachers) == 1:
+        return teachers[0]
+    if COMBINATION not in journal.notes:
+        fit_rows = _read(args.fit_data, args) if args.fit_data else rows
+        journal.note(COMBINATION, asdict(fit_combination(teachers, fit_rows)))
+    return Ensemble(teachers, Combination(**journal.notes[COMBINATION]))
 
 
 def _require_no_strangers(logits: Path | None, journal: Path) -> None:

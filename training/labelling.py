@@ -18,6 +18,7 @@ from core.errors import ConfigError
 from training.answer_match import answer_words, contains, words
 from training.chat_endpoint import check_url
 from training.data_format import Row, RowPassage
+from training.data_quality import DataError
 from training.journal import Journal
 from training.relevance_teachers import RelevanceTeacher
 from training.teacher_logits import shard_path, write_shard
@@ -80,6 +81,8 @@ def label_rows(
     logits      folder of the shards; one is written before the journal says that its rows are done, so a kill
                 between the two makes the block again, shard and all
     tokenizer   fingerprint of the teacher's tokenizer, written with the logits
+
+    Raises DataError where a reranker's score is no number.
     """
     missing: Counter[str] = Counter()
     waiting = [(number, row) for number, row in enumerate(rows) if row.id not in journal.rows]
@@ -125,15 +128,20 @@ def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
 
 
 def _with_scores(rows: Sequence[Row], reranker: RelevanceTeacher, config: LabelConfig) -> list[Row]:
-    """`rows` with the reranker's scores as relevance, all their passages scored together."""
+    """`rows` with the reranker's scores as relevance, all their passages scored together; what was gold stays so."""
     scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
     scale = _sigmoid if config.score == "probability" else float
 
-    def scored(passage: RowPassage) -> RowPassage:
+    def scored(row: Row, index: int, passage: RowPassage) -> RowPassage:
         logit = next(scores) + (config.gold_bonus if passage.relevant else 0.0)
-        return replace(passage, relevance=scale(logit))
+        if not math.isfinite(logit):
+            raise DataError(f"row {row.id!r}, passages[{index}]: the reranker's score is {logit}, which is no number")
+        return replace(passage, relevance=scale(logit), gold=passage.relevant if passage.judged else None)
 
-    return [replace(row, passages=tuple(scored(passage) for passage in row.passages)) for row in rows]
+    return [
+        replace(row, passages=tuple(scored(row, index, passage) for index, passage in enumerate(row.passages)))
+        for row in rows
+    ]
 
 
 def _sigmoid(logit: float) -> float:

@@ -1,11 +1,10 @@
 """The parts of the training objective, as pure functions of tensors. Each returns a sum; callers divide by counts."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.config import LABEL_KINDS, RelevanceKind
 from training.data_format import RELEVANT
 
 
@@ -25,9 +24,7 @@ def kl_loss(logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor, tempe
     return functional.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 
-def relevance_loss(
-    scores: Tensor, targets: Tensor, example: Tensor, kind: Literal["mse", "mse_listwise", "bce", "bce_listwise"]
-) -> Tensor:
+def relevance_loss(scores: Tensor, targets: Tensor, example: Tensor, kind: RelevanceKind) -> Tensor:
     """Sum over passages of the loss on relevance scores.
 
     scores (P,) float32 raw passage scores; targets (P,) a teacher's scores (`mse`, OSCAR sec. 4.4) or 0/1 labels;
@@ -35,12 +32,12 @@ def relevance_loss(
     passages' softmax is from the right one (ListNet, Cao et al. 2007): `mse_listwise` the divergence from the softmax
     of the teacher's scores, `bce_listwise` minus the log of the mass on its relevant passages, where it has both kinds.
     """
-    taught = kind in ("mse", "mse_listwise")
-    pointwise = functional.mse_loss if taught else functional.binary_cross_entropy_with_logits
+    labelled = kind in LABEL_KINDS
+    pointwise = functional.binary_cross_entropy_with_logits if labelled else functional.mse_loss
     loss = pointwise(scores, targets, reduction="sum")
-    if kind in ("mse", "bce"):
+    if not kind.endswith("_listwise"):
         return loss
-    within = _divergence if taught else _missed_mass
+    within = _missed_mass if labelled else _divergence
     questions = (example == index for index in example.unique())
     return loss + sum(within(scores[inside], targets[inside]) for inside in questions)
 

@@ -26,7 +26,7 @@ from training.data_format import check_string, number_lines, parse_json_line
 from training.data_quality import ReadPolicy, ReadReport, parse_records
 from training.dev import dev_losses
 from training.objective import Objective
-from training.task import Task
+from training.task import Task, over_prompt_limit
 from training.train import add_run_arguments, run_task
 
 Kind = Literal["autoencoding", "continuation"]
@@ -76,10 +76,11 @@ def text_task(config: TrainConfig) -> Task:
     def evaluate(objective: Objective) -> dict[str, float]:
         return evaluate_texts(objective, dev_texts, config)
 
-    def example(model: Model, index: int, key: str) -> TrainExample:
+    def example(model: Model, index: int, key: str) -> TrainExample | None:
         rng = random.Random(f"{key}/{texts[index].id}")
         kind: Kind = "autoencoding" if rng.random() < config.data.autoencoding else "continuation"
-        return make_text_example(model, texts[index].passage, kind, config.data.answer_tokens, rng)
+        made = make_text_example(model, texts[index].passage, kind, config.data.answer_tokens, rng)
+        return None if over_prompt_limit(model, made, config.data.prompt_tokens) else made
 
     return Task([len(text.passage.content) for text in texts], example, evaluate)
 

@@ -27,10 +27,10 @@ def rank_bm25(questions: Sequence[Question], counts: Sequence[int]) -> list[Rank
 class EmbeddingRanker:
     """A text embedding model as it comes: cosine of query and passage, of a long one the best of its windows."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str | None = None) -> None:
         """`name` is a demo model's name, a folder or a hub id. Raises BaseModelError."""
         self.name = name
-        self._encode = load_dense(name)
+        self._encode = load_dense(name, device)
 
     def rank(self, question: Question, counts: Sequence[int]) -> list[RankingRecord]:
         """Cosine similarity of the question and each of its passages, one record a count."""

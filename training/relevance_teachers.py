@@ -6,6 +6,7 @@ where a compressor trained on one kind of question is not, and the compressor ma
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,9 +43,9 @@ class RelevanceTeacher(Protocol):
 class EmbeddingTeacher:
     """An embedding model as it comes: the cosine of query and passage."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str = "cpu") -> None:
         """`model` is a demo model's name, a folder or a hub id. Raises BaseModelError."""
-        self._encode = load_dense(model)
+        self._encode = load_dense(model, device)
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """Cosines; of a long passage the best of its windows."""
@@ -74,44 +75,54 @@ class CompressorTeacher:
         return _in_order(by_query, scored)
 
 
-class Ensemble:
-    """The logit of relevance: a weighted sum of several teachers' scores.
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """The logit of relevance: a weighted sum of several teachers' scores, one weight each, and a bias.
 
     The weights rank passages within each question (`fit_weights`): a cosine says little across questions and much
     within one. Platt scaling then makes the sum a logit.
     """
 
-    def __init__(self, teachers: Sequence[RelevanceTeacher], rows: Sequence[Row]) -> None:
-        """Fit on `rows`, of which none should be what a teacher was trained on. Raises DataError where none serves."""
+    weights: Sequence[float]
+    bias: float
+
+
+class Ensemble:
+    """Several teachers' scores in one."""
+
+    def __init__(self, teachers: Sequence[RelevanceTeacher], combination: Combination) -> None:
         self._teachers = teachers
-        usable = [row for row in rows if _tells(row)]
-        if not usable:
-            raise DataError("rerankers are combined by rows that have a gold and another passage: there is none")
-        usable = usable[:: max(1, len(usable) // FIT_ROWS)]
-        features = self._features([(row.query, passage.content) for row in usable for passage in row.passages])
-        gold = np.array([passage.relevant for row in usable for passage in row.passages])
-        sizes = [len(row.passages) for row in usable]
-        weights = fit_weights(features, gold, sizes)
-        platt = fit_platt((features @ weights).tolist(), gold.tolist())
-        self.weights, self.bias = platt.scale * weights, platt.bias
-        alone = [_gold_first(column, gold, sizes) for column in features.T]
-        together = _gold_first(features @ self.weights, gold, sizes)
-        log.info(
-            "relevance = %s %+.2f; gold passage first of %d rows: %.1f %% together, alone %s",
-            " ".join(f"{weight:+.3g} x reranker {number + 1}" for number, weight in enumerate(self.weights)),
-            self.bias,
-            len(usable),
-            together,
-            ", ".join(f"{share:.1f}" for share in alone),
-        )
+        self._combination = combination
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """Logits: their sigmoid is the probability of relevance."""
-        logits: list[float] = (self._features(pairs) @ self.weights + self.bias).tolist()
-        return logits
+        logits: Values = _features(self._teachers, pairs) @ np.array(self._combination.weights)
+        return [logit + self._combination.bias for logit in logits.tolist()]
 
-    def _features(self, pairs: Sequence[Pair]) -> Values:
-        return np.column_stack([teacher.scores(pairs) for teacher in self._teachers])  # (pairs, teachers)
+
+def fit_combination(teachers: Sequence[RelevanceTeacher], rows: Sequence[Row]) -> Combination:
+    """Fit on `rows`, of which none should be what a teacher was trained on. Raises DataError where none serves."""
+    usable = [row for row in rows if _tells(row)]
+    if not usable:
+        raise DataError("rerankers are combined by rows that have a gold and another passage: there is none")
+    usable = usable[:: max(1, len(usable) // FIT_ROWS)]
+    features = _features(teachers, [(row.query, passage.content) for row in usable for passage in row.passages])
+    gold = np.array([passage.relevant for row in usable for passage in row.passages])
+    sizes = [len(row.passages) for row in usable]
+    weights = fit_weights(features, gold, sizes)
+    platt = fit_platt((features @ weights).tolist(), gold.tolist())
+    weights = platt.scale * weights
+    alone = [_gold_first(column, gold, sizes) for column in features.T]
+    together = _gold_first(features @ weights, gold, sizes)
+    log.info(
+        "relevance = %s %+.2f; gold passage first of %d rows: %.1f %% together, alone %s",
+        " ".join(f"{weight:+.3g} x reranker {number + 1}" for number, weight in enumerate(weights)),
+        platt.bias,
+        len(usable),
+        together,
+        ", ".join(f"{share:.1f}" for share in alone),
+    )
+    return Combination(weights.tolist(), platt.bias)
 
 
 def fit_weights(features: Values, gold: NDArray[np.bool_], sizes: Sequence[int]) -> Values:
@@ -140,24 +151,23 @@ def fit_weights(features: Values, gold: NDArray[np.bool_], sizes: Sequence[int])
     return np.asarray(weights.detach().numpy() / spread)
 
 
-def make_relevance_teacher(names: Sequence[str], fit_rows: Sequence[Row], device: str) -> RelevanceTeacher:
-    """The teacher of each name: `dense:<embedding model>`, `checkpoint:<folder>` or a cross-encoder's folder or hub id.
+def make_relevance_teacher(name: str, device: str) -> RelevanceTeacher:
+    """The teacher of a name: `dense:<embedding model>`, `checkpoint:<folder>` or a cross-encoder's folder or hub id.
 
-    Several are an `Ensemble`, fitted on `fit_rows`. Raises ConfigError, BaseModelError, CheckpointError, DataError.
+    Raises ConfigError, BaseModelError, CheckpointError.
     """
-    teachers = [_make(name, device) for name in names]
-    return teachers[0] if len(teachers) == 1 else Ensemble(teachers, fit_rows)
-
-
-def _make(name: str, device: str) -> RelevanceTeacher:
     kind, colon, model = name.partition(":")
     if colon and not model:
         raise ConfigError(f"--reranker {name}: names no model")
     if kind == "dense" and colon:
-        return EmbeddingTeacher(model)
+        return EmbeddingTeacher(model, device)
     if kind == "checkpoint" and colon:
         return CompressorTeacher(Path(model), device)
     return CrossEncoder(name, device=device)
+
+
+def _features(teachers: Sequence[RelevanceTeacher], pairs: Sequence[Pair]) -> Values:
+    return np.column_stack([teacher.scores(pairs) for teacher in teachers])  # (pairs, teachers)
 
 
 def _by_query(pairs: Sequence[Pair]) -> dict[str, list[int]]:
@@ -177,7 +187,7 @@ def _in_order(by_query: Mapping[str, Sequence[int]], scored: Sequence[Sequence[f
 
 def _tells(row: Row) -> bool:
     """Whether all passages are known to be gold or not, and there are both."""
-    known = all(passage.relevance is not None for passage in row.passages)
+    known = all(passage.judged for passage in row.passages)
     return known and len({passage.relevant for passage in row.passages}) == 2
 
 

@@ -27,6 +27,7 @@ from core.manifest import MANIFEST, read_version, sha256_of
 from core.model import Model
 from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
+from training.runtime import Runtime
 
 # Of `loop`, what a run may go on with otherwise: how long, what is said and saved of it, how a step fits the memory.
 LENGTH = ("epochs", "max_steps", "patience")
@@ -39,6 +40,7 @@ class Progress:
     """Where a run stands: steps done, examples seen, the best dev score and how many evaluations ago it was.
 
     settings  what it must go on with, as `run_settings` has it
+    window    of each step since the last log line, what `summarise` makes that line of
     """
 
     step: int = 0
@@ -48,21 +50,54 @@ class Progress:
     evaluations_since_best: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    window: list[dict[str, float]] = field(default_factory=list)
 
     def is_over(self, steps: int, patience: int | None) -> bool:
         """Whether all `steps` are done, or so many evaluations were no better that `patience` is used up."""
         return self.step >= steps or (patience is not None and self.evaluations_since_best >= patience)
 
 
-def run_settings(config: TrainConfig) -> dict[str, Any]:
-    """All of `config` that a run must keep when it goes on, as JSON; of its data files the sha256, not the place."""
+def run_settings(config: TrainConfig, model: Model, runtime: Runtime) -> dict[str, Any]:
+    """All of `config` that a run must keep when it goes on, as JSON; of its data files the sha256, not the place.
+
+    `resolved` has, by their dotted keys, what other names stand for here: the sha256 of weights, and the precision. Not
+    how many processes there are: only which values dropout sets to 0 depends on that.
+    """
     values = dataclasses.asdict(config)
     for name in (*LENGTH, *REPORTS, *MEMORY):
         del values["loop"][name]
     for name in ("train", "dev"):
         values["data"][name] = sha256_of(Path(values["data"][name]))
+    precision = "bf16" if runtime.computes_in_bfloat16(config.loop.precision) else "fp32"
+    values["resolved"] = _begun_from(config) | {
+        "model.generator.base_model": model.base.sha256,
+        "model.compressor.base_model": model.encoder_base.sha256 if model.encoder_base else "",
+        "loop.precision": precision,
+    }
     kept: dict[str, Any] = json.loads(json.dumps(values))  # as it reads back: tuples become lists
     return kept
+
+
+def _begun_from(config: TrainConfig) -> dict[str, list[str]]:
+    """sha256 of the files that are read for `start` and for `start_adapter`."""
+    files: dict[str, list[Path]] = {"start": [], "start_adapter": []}
+    if config.start:
+        files["start"].append(Path(config.start) / "compressor.safetensors")
+    source = "start_adapter" if config.start_adapter else "start"
+    folder = config.start_adapter or config.start
+    if folder and config.model.generator.lora is not None and (adapter := adapter_file(Path(folder))):
+        files[source].append(adapter)
+    return {key: [sha256_of(file) for file in read] for key, read in files.items()}
+
+
+def changed_settings(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which two `run_settings` differ; a name counts by what it stands for, if that was noted."""
+    one, other = dict(noted), dict(now)
+    stood, stands = one.pop("resolved", None), other.pop("resolved")
+    changed = differing(one, other)
+    if stood is not None:  # an older version noted names only
+        changed = [key for key in changed if key not in stands] + differing(stood, stands)
+    return sorted(changed)
 
 
 def differing(one: Any, other: Any, name: str = "") -> list[str]:
@@ -174,8 +209,9 @@ def restore_run(
     way_out = f"give a new run folder (start={folder} begins from its weights)"
     if not progress.settings:
         raise CheckpointError(f"{folder} is of an older version, which did not note its settings; {way_out}")
-    if changed := differing(progress.settings, settings):
+    if changed := changed_settings(progress.settings, settings):
         raise ConfigError(f"{folder} was trained with other settings ({', '.join(changed)}); {way_out}")
+    progress.settings = settings  # all is noted from now on where an older version began
     shapes = {name: parameter.shape for parameter, name in names.items()}
     if {name: value.shape for name, value in trainable.items()} != shapes:
         raise CheckpointError(f"{folder} was trained with another base model; {way_out}")

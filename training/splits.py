@@ -83,7 +83,8 @@ def split_examples(examples: Sequence[Example], dev_share: float, seed: int) -> 
     train: list[Example] = []
     dev: list[Example] = []
     for example, group in zip(examples, group_examples(examples), strict=True):
-        in_dev = unit_hash(seed, examples[group].id) < dev_share
+        # Not the number that `cap` draws by: it kept the lowest ones, which would all be in dev.
+        in_dev = unit_hash(seed, f"split\0{examples[group].id}") < dev_share
         (dev if in_dev else train).append(example)
     return train, dev
 

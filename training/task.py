@@ -12,8 +12,8 @@ from tqdm import tqdm
 from core.errors import ConfigError, InputError
 from core.model import Model
 from training.arguments import check_file
-from training.batches import TrainExample, find_siblings, make_example, prompt_tokens, row_length
-from training.config import TrainConfig
+from training.batches import TrainExample, background_tokens, find_siblings, make_example, question_tokens, row_length
+from training.config import LABEL_KINDS, TrainConfig
 from training.data_format import Row, read_rows
 from training.data_quality import ReadPolicy
 from training.dev import can_be_read, evaluate_dev
@@ -71,7 +71,7 @@ def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:
     tqdm.write(str(report))
     if not rows:
         raise ConfigError(f"{key} {name}: has no usable row; `prepare` writes such files")
-    if config.loss.relevance > 0 and config.loss.relevance_kind in ("bce", "bce_listwise"):
+    if config.loss.relevance > 0 and config.loss.relevance_kind in LABEL_KINDS:
         check_relevance(rows, key, config.loss.relevance_kind)
     return rows
 
@@ -88,11 +88,11 @@ def check_relevance(rows: Sequence[Row], key: str, kind: str) -> None:
 
 
 def over_prompt_limit(model: Model, example: TrainExample, most: int) -> bool:
-    """Whether the generator's prompt and an answer would be longer than `most` tokens."""
+    """Whether the generator's prompt and an answer would be longer than `most` tokens for any of its questions."""
     if not example.questions:
         return False
-    answer = max(len(question.answer_ids) for question in example.questions)
-    return prompt_tokens(model, example.request, example.rows, example.mode) + answer > most
+    longest = max(question_tokens(model, question) for question in example.questions)
+    return background_tokens(model, example.request, example.rows, example.mode) + longest > most
 
 
 def check_dev(model: Model, rows: Sequence[Row], config: TrainConfig) -> None:

@@ -103,7 +103,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
-    progress = resume(folder, run_settings(config), optimizer, names, runtime)
+    progress = resume(folder, run_settings(config, model, runtime), optimizer, names, runtime)
     steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
     if progress.is_over(steps, config.loop.patience):
         return progress
@@ -111,7 +111,6 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     runtime.wait()
-    window: list[dict[str, float]] = []
     failed = 0  # steps in a row whose gradient was not finite
     bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not main)
     with Stop() as stop, MetricsLog(folder, main, progress.step) as log, bar:
@@ -131,12 +130,12 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
             progress.step, progress.examples = step + 1, progress.examples + len(indices)
             progress.skipped += int(shared["skipped"])
             counts = {"skipped": shared["skipped"], "not_finite": float(failed > 0)}
-            window.append(sums | counts | {"grad_norm": norm, "seconds": time.perf_counter() - started})
+            progress.window.append(sums | counts | {"grad_norm": norm, "seconds": time.perf_counter() - started})
             bar.update()
             last = progress.step == steps
             if progress.step % config.loop.log_every == 0 or last:
-                log.write(progress.step, "train", summarise(window, config.loss))
-                window = []
+                log.write(progress.step, "train", summarise(progress.window, config.loss))
+                progress.window = []
             if progress.step % config.loop.eval_every == 0 or last:
                 keep_best(objective, task, config, folder, progress, log, runtime)
             ending = bool(shared["stop"]) or progress.is_over(steps, config.loop.patience)
@@ -259,4 +258,5 @@ def run_task(
         tqdm.write(f"{runtime.world} process{'es' if runtime.world > 1 else ''} on {runtime.device}{how}")
     progress = train(config, task, args.out, runtime)
     if runtime.rank == 0:
-        print(json.dumps({name: value for name, value in asdict(progress).items() if name != "settings"}))
+        inner = ("settings", "window")
+        print(json.dumps({name: value for name, value in asdict(progress).items() if name not in inner}))

@@ -99,6 +99,30 @@ def test_a_passage_is_relevant_from_one_half_on_wherever_it_is_asked(model: Mode
     assert any(hits)
 
 
+def test_a_gold_passage_with_a_low_score_is_relevant_wherever_it_is_asked(model: Model) -> None:
+    row = make_rows(1)[0]
+    gold = replace(row.passages[0], relevance=0.2, gold=True)
+    others = [RowPassage(f"Warsaw is number {number}.", relevance=3.0, gold=False) for number in range(9)]
+    row = replace(row, passages=(*others, gold))
+    for seed in range(30):
+        assert gold in sample_passages(row, DataConfig(passages=5), random.Random(seed))[0]
+        chosen, empty = sample_passages(row, DataConfig(passages=5, empty_share=0.5), random.Random(seed))
+        assert (gold in chosen) != empty
+    data = DataConfig(passages=0, text_passages=2, modes={"text": 1.0})
+    example = make_example(model, row, data, LossConfig(), "k")
+    assert gold in example.request.passages
+    assert 0.2 in (example.relevance or [])  # what is taught stays the reranker's score
+    assert find_siblings([row, replace(row, id="other")]) == [[1], [0]]
+    request = prepare(model, row.query, row.passages)
+    hits = find_hits(model, request, row.passages, row.answers)
+    assert {chunk.passage for chunk, hit in zip(request.chunks, hits, strict=True) if hit} == {9}
+
+
+def test_rows_without_a_relevant_passage_have_no_siblings() -> None:
+    rows = [Row(str(number), "q", (RowPassage("same", relevance=0.0),), ("a",)) for number in range(20_000)]
+    assert find_siblings(rows) == [[]] * len(rows)
+
+
 @pytest.mark.parametrize("mode", ["compressed", "hybrid", "text"])
 def test_prompt_tokens_are_those_of_the_prompt(model: Model, mode: Mode) -> None:
     row = make_rows(4)[3]

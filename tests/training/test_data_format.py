@@ -26,6 +26,7 @@ passages = st.builds(
     title=st.one_of(st.just(""), texts),
     id=st.none() | texts,
     relevance=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    gold=st.none() | st.booleans(),
 )
 rows = st.builds(
     Row,
@@ -77,6 +78,7 @@ def test_files_are_read_as_they_were_written_and_equal_rows_give_equal_bytes(tmp
         ({"passages": [{"title": "no text"}]}, "missing field", r"passages\[0\].text is missing"),
         ({"passages": [{"text": "x", "relevance": "high"}]}, "wrong type", "relevance must be a number"),
         ({"passages": [{"text": "x", "relevance": float("nan")}]}, "wrong type", "relevance must be finite"),
+        ({"passages": [{"text": "x", "gold": 1}]}, "wrong type", "gold must be true or false"),
         ({"passages": [{"text": "x" * 101}]}, "over-long passage", "101 characters, the limit is 100"),
         ({"answers": [None]}, "empty", r"answers\[0\] is empty"),
         ({"query": "half \ud800"}, "wrong type", "half of a surrogate pair"),
@@ -87,6 +89,15 @@ def test_a_bad_row_says_what_is_wrong_with_it(change: dict[str, Any], kind: str,
     with pytest.raises(RowError, match=message) as caught:
         parse_row(GOOD | change, ReadPolicy(max_passage_chars=100))
     assert caught.value.kind == kind
+
+
+def test_gold_is_asked_before_relevance_and_may_be_absent() -> None:
+    scored = [{"text": "x", "relevance": 0.2, "gold": True}, {"text": "y", "relevance": 3.0, "gold": False}]
+    of_before = [{"text": "x", "relevance": 0.2}, {"text": "y", "relevance": 3.0}, {"text": "z"}]
+    row = parse_row(GOOD | {"passages": [*scored, *of_before]}, ReadPolicy())
+    assert [passage.relevant for passage in row.passages] == [True, False, False, True, False]
+    assert [passage.judged for passage in row.passages] == [True, True, True, True, False]
+    assert '"gold"' not in row_to_json(parse_row(GOOD | {"passages": of_before}, ReadPolicy()))
 
 
 def test_bad_lines_are_counted_with_their_numbers_and_skipped(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 import errno
 import os
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.tiny_labelling import ROWS, CountingTeacher, label, row
 from training.__main__ import main
 from training.cross_encoder import CrossEncoder
 from training.data_format import Row, RowPassage, read_rows, write_rows
-from training.data_quality import ReadPolicy
+from training.data_quality import DataError, ReadPolicy
 from training.journal import Journal
 from training.labelling import LabelConfig, label_rows
 from training.teacher_logits import TeacherLogits, tokenizer_fingerprint
@@ -182,6 +183,34 @@ def test_a_gold_passage_gets_the_bonus_on_its_logit_and_no_other_does(reranker: 
     assert main([*command, "--gold-bonus", "2.5", "--out", str(raised)]) == 0
     before, after = ([p.relevance or 0.0 for p in read_rows(path)[0][0].passages] for path in (plain, raised))
     assert np.subtract(after, before) == pytest.approx([2.5, 0.0, 0.0], abs=1e-5)
+
+
+class Diverged:
+    """Not a model: its second score is no number."""
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return [nan if index == 1 else 1.0 for index in range(len(pairs))]
+
+
+@pytest.mark.parametrize("score", ["logit", "probability"])
+def test_a_score_that_is_no_number_is_never_written(score: Literal["logit", "probability"], tmp_path: Path) -> None:
+    config = LabelConfig(reranker=["diverged"], score=score)
+    with Journal(tmp_path / "journal", {}) as journal:
+        with pytest.raises(DataError, match=r"row 'r0', passages\[1\]: the reranker's score is nan"):
+            label_rows(ROWS, config, None, Diverged(), journal)
+        assert not journal.rows
+
+
+def test_what_was_gold_stays_so_however_it_is_scored(reranker: Path, tmp_path: Path) -> None:
+    data, once, twice = tmp_path / "rows.jsonl", tmp_path / "once.jsonl", tmp_path / "twice.jsonl"
+    passages = (RowPassage("In the Alps.", relevance=1.0), RowPassage("Bread.", relevance=0.0), RowPassage("Unknown."))
+    write_rows(data, [row(0, passages=passages)])
+    command = ["label", "--reranker", str(reranker), "--device", "cpu"]
+    assert main([*command, "--data", str(data), "--out", str(once)]) == 0
+    assert main([*command, "--data", str(once), "--out", str(twice)]) == 0
+    first, second = read_rows(once)[0][0], read_rows(twice)[0][0]
+    assert [passage.gold for passage in first.passages] == [True, False, None]
+    assert [passage.relevant for passage in second.passages][:2] == [True, False]
 
 
 def test_a_teachers_answer_is_kept_unless_it_is_to_be_made_again(generator: Generator, tmp_path: Path) -> None:

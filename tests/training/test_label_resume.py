@@ -59,6 +59,35 @@ def test_a_journal_torn_at_any_byte_gives_the_same_rows(generator: Generator, tm
         assert (folder / "journal").read_bytes() == journal
 
 
+def test_a_damaged_line_that_is_not_the_last_ends_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"teacher": "x"}) as journal:
+        for one in ROWS[:3]:
+            journal.add([one])
+    whole = path.read_bytes()
+    for number, damaged in enumerate(whole.splitlines(keepends=True), start=1):
+        path.write_bytes(whole.replace(damaged, b"#" + damaged))
+        before = path.read_bytes()
+        if number == 4:
+            with Journal(path, {"teacher": "x"}) as journal:
+                assert list(journal.rows) == ["r0", "r1"]
+        else:
+            with pytest.raises(DataError, match=f"journal, line {number}: not JSON"):
+                Journal(path, {"teacher": "x"})
+            assert path.read_bytes() == before
+
+
+def test_notes_stay_with_the_work_that_made_them(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with Journal(path, {"teacher": "x"}) as journal:
+        journal.note("weights", [0.1, 1 / 3])
+    with Journal(path, {"teacher": "x"}) as journal:
+        assert journal.notes == {"weights": [0.1, 1 / 3]}
+        assert not journal.rows
+    with Journal(path, {"teacher": "y"}) as journal:
+        assert journal.notes == {}
+
+
 def test_a_kill_between_shard_and_journal_makes_that_block_again(
     generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

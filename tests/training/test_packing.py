@@ -10,12 +10,15 @@ from transformers import MistralConfig
 
 from core.config import Mode
 from core.kv_slots import AttentionMasks
+from core.pipeline import passage_text_ids
 from tests.tiny_generators import WINDOWED, tiny_generator
 from tests.tiny_training import gradients, make_config, make_objective, make_rows
-from training.batches import find_siblings, make_example
-from training.config import TrainConfig
+from training.batches import background_tokens, example_tokens, find_siblings, make_example, question_tokens
+from training.config import LossConfig, TrainConfig
 from training.data_format import Row
+from training.objective import Objective
 from training.packing import pack, packed_mask
+from training.task import over_prompt_limit
 
 
 def sharing_rows() -> list[Row]:
@@ -39,6 +42,41 @@ def test_siblings_are_the_rows_with_the_same_relevant_passages() -> None:
     assert find_siblings(rows) == [[3, 4], [5], [], [0, 4], [0, 3], [1]]
     unjudged = [replace(row, passages=tuple(replace(p, relevance=None) for p in row.passages)) for row in rows]
     assert find_siblings(unjudged) == [[]] * 6
+
+
+@pytest.mark.parametrize("mode", ["compressed", "hybrid", "text"])
+def test_an_example_costs_what_is_computed_of_it(tiny_llama: Path, mode: Mode) -> None:
+    config = text_config(tiny_llama, 9)
+    config = replace(config, data=replace(config.data, modes={mode: 1.0}), loss=LossConfig())
+    objective, _ = make_objective(config)
+    rows = sharing_rows()
+    for index, row in enumerate(rows):
+        sharing = [rows[other] for other in find_siblings(rows)[index]]
+        example = make_example(objective.model, row, config.data, config.loss, "k", siblings=sharing)
+        real, most = objective([example]).real, max(map(len, passage_text_ids(example.request)))
+        slack = most if mode == "hybrid" else 0  # scores decide which passage is shown
+        assert real <= example_tokens(objective.model, example) <= real + slack
+    unasked = LossConfig(answer=0.0)  # the generator does not run
+    objective = Objective(objective.model, unasked, 4000)
+    example = make_example(objective.model, rows[0], config.data, unasked, "k")
+    assert example_tokens(objective.model, example) == objective([example]).real
+
+
+def test_the_longest_of_the_questions_must_be_within_the_limit(tiny_llama: Path) -> None:
+    config = text_config(tiny_llama, 2)
+    model = make_objective(config)[0].model
+    rows = sharing_rows()
+    long = replace(rows[3], query="word " * 50)
+    alone, short, together = (
+        make_example(model, rows[0], config.data, config.loss, "k", siblings=siblings)
+        for siblings in ([], [rows[3]], [long])
+    )
+    most = next(limit for limit in range(1000) if not over_prompt_limit(model, together, limit))
+    assert over_prompt_limit(model, together, most - 1)
+    own = background_tokens(model, alone.request, alone.rows, "text") + question_tokens(model, together.questions[1])
+    assert most == own
+    assert not over_prompt_limit(model, alone, most - 40)
+    assert not over_prompt_limit(model, short, most - 40)
 
 
 def test_a_text_example_takes_as_many_siblings_as_allowed(tiny_llama: Path) -> None:

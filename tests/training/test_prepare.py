@@ -147,16 +147,18 @@ def test_passages_are_told_apart_by_words_and_unjudged_ones_count(tmp_path: Path
     assert dev
 
 
-def test_a_passage_that_answers_one_question_is_a_negative_of_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [{"relevance": 0.9}, {"relevance": 0.2, "gold": True}])
+def test_a_passage_that_answers_one_question_is_a_negative_of_another(tmp_path: Path, label: dict[str, Any]) -> None:
     examples = [raw_example(index) for index in range(0, 20, 2)]
     for example in examples:
-        example["passages"] = [{"text": example.pop("positives")[0]["text"], "relevance": 0.9}]
+        example["passages"] = [{"text": example.pop("positives")[0]["text"], **label}]
     out = tmp_path / "train.jsonl"
     raw = write_raw(tmp_path / "judged.jsonl.gz", examples)
     assert main(["prepare", "--source", str(raw), "--passages", "4", "--out", str(out)]) == 0
     for row in read_rows(out)[0]:
-        assert {p.relevance for p in row.passages if row.answers[0] in p.text} == {0.9}
+        assert {p.relevance for p in row.passages if row.answers[0] in p.text} == {label["relevance"]}
         assert {p.relevance for p in row.passages if row.answers[0] not in p.text} == {0.0}
+        assert all(passage.relevant == (row.answers[0] in passage.text) for passage in row.passages)
 
 
 def test_nothing_shares_a_passage_or_question_with_what_is_held_out(tmp_path: Path, raw: Path) -> None:

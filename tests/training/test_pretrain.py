@@ -78,6 +78,15 @@ def test_train_goes_on_from_a_pretrained_encoder(
         assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before | after)
 
 
+def test_texts_over_the_prompt_limit_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    config, texts = write_run(tmp_path, settings(tiny_llama)), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES), encoding="utf-8")
+    data = [f"data.train={texts}", f"data.dev={texts}", "data.answer_tokens=200", "data.autoencoding=1.0"]
+    assert main(["pretrain", str(config), "--out", str(tmp_path / "out"), *data, "data.prompt_tokens=116"]) == 0
+    skipped = json.loads((tmp_path / "out/last/progress.json").read_text())["skipped"]
+    assert 0 < skipped < len(LINES)
+
+
 def test_without_an_answer_loss_there_is_nothing_to_pretrain(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,11 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from core.errors import ConfigError
-from tests.tiny_training import losses, read_metrics, settings, write_run
+from tests.tiny_training import losses, read_metrics, settings, stop_in, write_run
 from training.__main__ import main
 from training.config import load_config
 from training.hardware import choose_runtime
-from training.step import schedule
 
 ROOT = Path(__file__).parents[2]
 # The last batch holds one row: the second process has none.
@@ -61,17 +59,6 @@ def launch(kind: str, config: Path, out: Path, folder: Path, program: tuple[str,
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes on cpu" in done.stdout
     return done.stdout
-
-
-def stop_in(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    """A stop signal arrives in step `first`, counted from 0."""
-
-    def stopping(step: int, steps: int, warmup: float) -> float:
-        if step == first:
-            signal.raise_signal(signal.SIGTERM)
-        return schedule(step, steps, warmup)
-
-    monkeypatch.setattr("training.train.schedule", stopping)
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -1,5 +1,6 @@
 """Rerankers as teachers of relevance: alone on real tiny models, and together on scores made by hand."""
 
+import itertools
 import logging
 import random
 from collections.abc import Sequence
@@ -16,9 +17,16 @@ from tests.tiny_labelling import ROWS, row
 from training.__main__ import main
 from training.data_format import Row, RowPassage, read_rows, write_rows
 from training.data_quality import DataError
+from training.journal import Journal
 from training.questions import Question
 from training.rankers import EmbeddingRanker
-from training.relevance_teachers import CompressorTeacher, EmbeddingTeacher, Ensemble
+from training.relevance_teachers import (
+    CompressorTeacher,
+    EmbeddingTeacher,
+    Ensemble,
+    fit_combination,
+    make_relevance_teacher,
+)
 
 PAIRS = [
     ("where does it rise", "The river rises in the Alps."),
@@ -45,6 +53,12 @@ def test_an_embedding_model_scores_pairs_as_it_ranks(tiny_bert: Path) -> None:
         passages = tuple(Passage(PAIRS[index][1]) for index in indices)
         (record,) = ranker.rank(Question("q", query, ("x",), passages, (True, False)), [2])
         assert [scores[index] for index in indices] == pytest.approx(record.scores, abs=1e-6)
+
+
+def test_an_embedding_model_is_where_it_is_asked_for(tiny_bert: Path) -> None:
+    teacher = make_relevance_teacher(f"dense:{tiny_bert}", "meta")  # a device without memory, so without scores
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        teacher.scores(PAIRS)
 
 
 def test_a_checkpoint_scores_pairs_as_it_compresses(checkpoint: Path) -> None:
@@ -92,19 +106,20 @@ def gold_first(rows: Sequence[Row], teacher: ByHand | Ensemble) -> float:
 def test_together_they_are_right_more_often_than_each_alone(caplog: pytest.LogCaptureFixture) -> None:
     rows, first, second = by_hand(600)
     with caplog.at_level(logging.INFO):
-        ensemble = Ensemble([first, second], rows[:300])
+        combination = fit_combination([first, second], rows[:300])
+    ensemble = Ensemble([first, second], combination)
     assert "gold passage first of 300 rows" in caplog.text
     held_out = rows[300:]
     assert gold_first(held_out, ensemble) > 0.05 + max(gold_first(held_out, first), gold_first(held_out, second))
     # Both are as telling, on scales ten times apart.
-    assert 5 < ensemble.weights[1] / ensemble.weights[0] < 20
+    assert 5 < combination.weights[1] / combination.weights[0] < 20
 
 
 def test_nothing_is_combined_without_gold_passages() -> None:
     rows, first, second = by_hand(3)
     unknown = [Row(one.id, one.query, tuple(RowPassage(p.text) for p in one.passages), ("x",)) for one in rows]
     with pytest.raises(DataError, match="a gold and another passage"):
-        Ensemble([first, second], unknown)
+        fit_combination([first, second], unknown)
 
 
 def test_the_command_labels_with_several_rerankers(
@@ -123,6 +138,32 @@ def test_the_command_labels_with_several_rerankers(
     scores = [passage.relevance for one in labelled for passage in one.passages]
     assert all(score is not None and 0 < score < 1 for score in scores)
     assert len(set(scores)) > len(ROWS)
+
+
+def test_rerankers_are_combined_once_however_often_the_work_is_stopped(
+    checkpoint: Path, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, whole, parts = (tmp_path / f"{name}.jsonl" for name in ("rows", "whole", "parts"))
+    write_rows(data, ROWS)
+    command = ["label", "--data", str(data), "--device", "cpu", "--block", "2", "--gold-bonus", "1"]
+    command += ["--reranker", f"checkpoint:{checkpoint}", f"dense:{tiny_bert}", "--out"]
+    assert main([*command, str(whole)]) == 0
+    add, blocks = Journal.add, itertools.count()
+
+    def killed(journal: Journal, rows: Sequence[Row]) -> None:
+        if next(blocks) == 1:
+            raise KeyboardInterrupt
+        add(journal, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        assert main([*command, str(parts)]) == 130
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert main([*command, str(parts)]) == 0
+    assert "2 of 7 rows are already labelled" in caplog.text
+    assert "gold passage first of" not in caplog.text
+    assert parts.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

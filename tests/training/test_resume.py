@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from core.errors import CheckpointError
-from tests.tiny_training import losses, make_config, make_rows, settings, write_run
+from tests.tiny_training import losses, make_config, make_rows, read_metrics, settings, stop_in, write_run
 from training.__main__ import main
 from training.config import load_config
 from training.data_format import write_rows
@@ -71,6 +73,82 @@ def test_a_run_can_be_made_longer_and_its_data_moved(tiny_llama: Path, tmp_path:
     assert train(config, out, f"data.train={moved}", *changes) == 0
     assert list(losses(out)) == [1, 2, 3, 4, 6]
     assert load_config(out / "config.yaml").loop.epochs == 2
+
+
+@pytest.fixture
+def started_run(short_run: tuple[Path, Path], tiny_llama: Path, tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """The settings of a run of one step that began from copies of another's weights; its folder; what it began with."""
+    start, adapter = tmp_path / "start", tmp_path / "adapter"
+    for folder in (start, adapter):
+        shutil.copytree(short_run[1] / "best", folder)
+    config, out = write_run(tmp_path, settings(tiny_llama)), tmp_path / "out"
+    begun = [f"start={start}", f"start_adapter={adapter}"]
+    assert train(config, out, *begun, "loop.max_steps=1") == 0
+    return config, out, begun
+
+
+def add_to_weights(file: Path) -> None:
+    save_file({name: value + 0.5 for name, value in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("start/compressor.safetensors", "start"), ("adapter/adapter.safetensors", "start_adapter")],
+)
+def test_a_run_does_not_go_on_with_other_frozen_weights_under_the_same_name(
+    started_run: tuple[Path, Path, list[str]], file: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out, begun = started_run
+    add_to_weights(config.parent / file)
+    assert train(config, out, *begun, "loop.max_steps=2") == 1
+    assert f"was trained with other settings ({key});" in capsys.readouterr().err
+    assert train(config, out, *begun, "loop.max_steps=2", "loop.precision=bf16") == 1
+    assert f"was trained with other settings (loop.precision, {key});" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_the_weights_it_began_from_have_moved(
+    started_run: tuple[Path, Path, list[str]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    config, out, _ = started_run
+    add_to_weights(tmp_path / "start/adapter.safetensors")  # which is not read: the adapter comes from elsewhere
+    start, adapter = (tmp_path / name for name in ("start", "adapter"))
+    moved = [f"start={start.rename(tmp_path / 'a')}", f"start_adapter={adapter.rename(tmp_path / 'b')}"]
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    moved += [f"model.generator.base_model={base}", "loop.max_steps=2"]
+    assert train(config, out, *moved) == 0
+    assert list(losses(out)) == [1, 2]
+
+
+def test_a_run_that_noted_names_only_goes_on_and_notes_the_rest(
+    started_run: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out, begun = started_run
+    progress = json.loads((out / "last/progress.json").read_text())
+    del progress["settings"]["resolved"], progress["window"]
+    (out / "last/progress.json").write_text(json.dumps(progress))
+    assert train(config, out, *begun[:1], "loop.max_steps=2") == 1
+    assert "was trained with other settings (start_adapter);" in capsys.readouterr().err
+    assert train(config, out, *begun, "loop.max_steps=2") == 0
+    add_to_weights(config.parent / "start/compressor.safetensors")
+    assert train(config, out, *begun, "loop.max_steps=3") == 1
+    assert "was trained with other settings (start);" in capsys.readouterr().err
+
+
+def test_the_log_is_as_if_nothing_had_stopped_the_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama, loop={"epochs": 3, "log_every": 4}))
+    assert train(config, tmp_path / "whole") == 0
+    for step in (1, 5):  # between two lines
+        with monkeypatch.context() as patch:
+            stop_in(patch, step)
+            assert train(config, tmp_path / "parts") == 0
+    assert train(config, tmp_path / "parts") == 0
+    whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
+    for line in (*whole, *parts):
+        del line["tokens_per_s"]
+    assert [line["step"] for line in whole] == [4, 8, 9]
+    assert parts == whole
 
 
 def test_a_run_of_a_version_without_settings_is_not_resumed(

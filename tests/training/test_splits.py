@@ -46,6 +46,18 @@ def test_caps_hold_for_each_passage_and_for_all_and_keep_the_order() -> None:
     assert cap(examples, per_passage=4, limit=10, seed=6) != capped
 
 
+def test_a_limit_leaves_the_split_its_share() -> None:
+    examples = [example(index, f"passage {index}") for index in range(2000)]
+    for limits in ({"per_passage": None, "limit": 400}, {"per_passage": 1, "limit": 400}):
+        train, dev = split_examples(cap(examples, **limits, seed=3), 0.2, seed=3)
+        assert len(train) + len(dev) == 400
+        assert 40 < len(dev) < 120
+    many = [example(index, f"passage {index % 40}") for index in range(400)]
+    train, dev = split_examples(cap(many, per_passage=2, limit=None, seed=3), 0.5, seed=3)
+    assert len(train) + len(dev) == 80
+    assert 10 < len(dev) < 70
+
+
 def test_held_out_questions_count_whatever_their_passages() -> None:
     examples = [example(1, "x", query="Who is it?"), example(2, "y"), example(3, "Z!")]
     kept = drop_held_out(examples, [example(9, "other", query="who is it"), example(8, "z")])

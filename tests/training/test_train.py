@@ -1,5 +1,6 @@
 """The loop through its command: it learns, ends early, and goes on after any kill as if nothing had happened."""
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,12 +34,20 @@ def train(config: Path, out: Path, *overrides: str) -> int:
     return main(["train", str(config), "--out", str(out), *overrides])
 
 
+def finish(config: Path, out: Path, *overrides: str) -> None:
+    """Train to the end; where that fails, the assertion says what the run said."""
+    said = io.StringIO()
+    with redirect_stderr(said), redirect_stdout(said):
+        status = train(config, out, *overrides)
+    assert status == 0, said.getvalue()[-3000:]
+
+
 @pytest.fixture(scope="module")
 def long_run(tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run with dropout that nothing interrupted, and its settings."""
     folder = tmp_path_factory.mktemp("long")
     config = write_run(folder, settings(tiny_llama, tiny_bert, loop=LONG))
-    assert train(config, folder / "out") == 0
+    finish(config, folder / "out")
     return config, folder / "out"
 
 
@@ -64,7 +74,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert stopped == logged if number == signal.SIGTERM else logged - stopped <= 5
     message = f"stopped at step {stopped} of {STEPS}; repeat the command to go on"
     assert (message in said.decode()) == (number == signal.SIGTERM)
-    assert train(config, out) == 0
+    finish(config, out)
     assert losses(out) == losses(whole)  # the same numbers, not nearly the same
     for name in ("compressor.safetensors", "adapter.safetensors", "optimizer.safetensors"):
         one, other = load_file(out / "last" / name), load_file(whole / "last" / name)
@@ -134,19 +144,19 @@ def test_best_and_last_hold_what_the_service_needs(long_run: tuple[Path, Path]) 
 def test_a_run_can_start_from_another(long_run: tuple[Path, Path], tmp_path: Path) -> None:
     config, whole = long_run
     arguments = [f"start={whole / 'best'}", "loop.max_steps=1"]
-    assert train(config, tmp_path / "out", *arguments) == 0
+    finish(config, tmp_path / "out", *arguments)
     assert losses(tmp_path / "out")[1] < 0.95 * losses(whole)[1]
     summary = json.loads((tmp_path / "out" / "last" / "summary.json").read_text())
     assert summary["start"] == f"{whole.name}/best"  # and not where that lies on this machine
-    assert train(config, tmp_path / "other", *arguments, "model.compressor.pointer_window=2") == 0
+    finish(config, tmp_path / "other", *arguments, "model.compressor.pointer_window=2")
     assert train(config, tmp_path / "wrong", *arguments, "model.compressor.rates=[8,2]") == 1  # more slots
 
 
 def test_the_adapter_can_come_from_a_run_of_its_own(long_run: tuple[Path, Path], tmp_path: Path) -> None:
     config, whole = long_run
     still = ["loop.max_steps=1", "optimizer.compressor_lr=1e-12", "optimizer.generator_lr=1e-12"]
-    assert train(config, tmp_path / "base", *still) == 0
-    assert train(config, tmp_path / "out", *still, f"start_adapter={whole / 'last'}") == 0
+    finish(config, tmp_path / "base", *still)
+    finish(config, tmp_path / "out", *still, f"start_adapter={whole / 'last'}")
     for name, source in (("compressor.safetensors", tmp_path / "base"), ("adapter.safetensors", whole)):
         one, other = load_file(tmp_path / "out" / "last" / name), load_file(source / "last" / name)
         assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one | other)
