@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from core.config import Config, GeneratorConfig, dump_config
 from service.__main__ import SECRETS
 from service.settings import SHIPPED
 from tests.docker.dockerfile import DOCKER, ROOT, base_of, build_context, defaults, inherited, stages
+from tests.free_port import free_port
 
 FILES = ("Dockerfile", "neuron.Dockerfile")
 IMAGES = [(file, target) for file in FILES for target in ("service", "training")]
@@ -193,8 +193,7 @@ def test_check_health_asks_livez_past_any_proxy(health_server: tuple[int, list[s
 
 
 def test_check_health_of_nothing_fails() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     assert run_script("check_health", SCALEDOWN_PORT=str(port)).returncode == 1
 
 

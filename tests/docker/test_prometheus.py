@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from core.checkpoint import save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
 from tests.e2e.test_process import running
+from tests.free_port import free_port
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="Debian's prometheus is not installed")
 DOCKER = Path(__file__).parent.parent.parent / "docker"
@@ -92,8 +92,7 @@ def prometheus(service: httpx.Client, tmp_path_factory: pytest.TempPathFactory) 
     del job["dns_sd_configs"]
     job["static_configs"] = [{"targets": [f"127.0.0.1:{service.base_url.port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)

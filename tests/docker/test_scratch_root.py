@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
 from tests.docker.dockerfile import ROOT, inherited
 from tests.docker.scratch_root import Image, build
+from tests.free_port import free_port
 from tests.tiny_checkpoints import edit_json, sign
 
 pytestmark = [
@@ -85,8 +85,7 @@ def test_no_service_without_a_checkpoint(image: Image, mounts: dict[str, Path]) 
 
 def test_the_service_starts_answers_and_ends(image: Image, mounts: dict[str, Path]) -> None:
     """As user 10001 without capabilities, on a root file system that is read-only."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     fetch = image.command(["python", "docker/fetch_base_model.py"], settings(port), mounts)
     fetched = subprocess.run(fetch, capture_output=True, text=True, check=False)
     assert "base model /cache/tiny: /cache/tiny" in fetched.stderr, fetched.stderr

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from core.checkpoint import save_checkpoint
 from core.model import build_model
 from tests.docs.fork_server import install_shims
 from tests.docs.shortening import SERVE
+from tests.free_port import free_port
 from tests.tiny_checkpoints import make_config
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +94,7 @@ def service(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Ite
     workshop.make_copy(folder)
     generator, encoder = (Path(workshop.environment[f"TINY_{name}"]) for name in ("GENERATOR", "ENCODER"))
     save_checkpoint(build_model(make_config(generator, encoder)), folder / "checkpoints" / "mine")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     flags = f"--checkpoint checkpoints/demo --port {address.split(':')[1]} --batch-wait-ms 0 --log-level error"
     command = f"exec .venv/bin/python -m service {flags}"
     process = subprocess.Popen(["sh", "-c", command], cwd=folder, env={**workshop.environment, SERVE: "1"})

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.e2e.test_process import BODY, root, running
+from tests.waiting import wait_until_empty
 
 __all__ = ["root"]  # a fixture
 CLIENTS = 200
@@ -144,11 +145,3 @@ def test_a_dead_worker_ends_the_process_within_seconds(root: Path) -> None:
 
 def connect(client: httpx.Client) -> socket.socket:
     return socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=20)
-
-
-def wait_until_empty(client: httpx.Client) -> None:
-    end = time.monotonic() + 20
-    while "scaledown_requests_in_flight 0.0" not in client.get("/metrics").text:
-        assert time.monotonic() < end, "a place was never given back"
-        time.sleep(0.05)
-    assert "scaledown_reserved_tokens 0.0" in client.get("/metrics").text

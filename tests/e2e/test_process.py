@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
 from service import demo
 from service.versions import version_of
+from tests.free_port import free_port
 
 BODY: dict[str, Any] = {
     "query": "Who discovered polonium?",
@@ -72,8 +72,7 @@ def running(
     checkpoint: Path, *, command: Sequence[str] = ("-m", "service"), **values: str
 ) -> Iterator[tuple[subprocess.Popen[str], httpx.Client, list[str]]]:
     """A process that serves `checkpoint`, a client of it, and its log so far. `values` are settings."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SCALEDOWN_")}
     own = {f"SCALEDOWN_{name.upper()}": value for name, value in {"dtype": "float32", **values}.items()}
     environment = {**inherited, **own, "SCALEDOWN_CHECKPOINT": str(checkpoint), "SCALEDOWN_PORT": str(port)}

@@ -6,8 +6,7 @@ import re
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import build_model
 from service.versions import version_of
 from tests.e2e.test_process import BODY, running
+from tests.waiting import wait_for
 
 KEY = "admin-0123456789abcdef"
 QUESTION = {**BODY, "max_new_tokens": 4}
@@ -77,13 +77,6 @@ class Service:
         return sum(f'"message": "{message}"' in line for line in self.log)
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first` and `second`, a `broken` one, and the link `current` to the first."""
@@ -106,7 +99,7 @@ def service(root: Path) -> Iterator[Service]:
     """Two workers on the link `current`. The tests of this module follow each other on it."""
     with running(root / "current", command=("-c", CROWDED), workers="2", admin_key=KEY) as (process, client, log):
         service = Service(process, client, log)
-        wait_for(lambda: service.lines("a worker serves") == 2)
+        wait_for(lambda: service.lines("a worker serves") == 2, SECONDS)
         yield service
 
 
@@ -157,14 +150,16 @@ def test_twenty_swaps_under_load_fail_no_request_and_name_their_version_truly(se
 
 
 def test_any_worker_shows_the_metrics_of_all(service: Service) -> None:
-    wait_for(lambda: service.metric('scaledown_requests_total{route="/answer",status="200"}') == service.answered)
+    wait_for(
+        lambda: service.metric('scaledown_requests_total{route="/answer",status="200"}') == service.answered, SECONDS
+    )
     # The first swap found its checkpoint active already, and a swap is counted once, not once a worker.
     assert service.metric('scaledown_checkpoint_swaps_total{result="ok"}') == 21
     for worker in "01":
         assert service.metric(f'process_resident_memory_bytes{{worker="{worker}"}}') > 10_000_000
     asked = {re.findall(r'"worker": (\d)', line)[0] for line in service.log if '"route": "/answer"' in line}
     assert asked == {"0", "1"}
-    wait_for(lambda: service.metric("scaledown_requests_in_flight") == 0)
+    wait_for(lambda: service.metric("scaledown_requests_in_flight") == 0, SECONDS)
 
 
 def test_a_broken_checkpoint_switches_no_worker_and_the_answer_says_why(service: Service, root: Path) -> None:
@@ -178,9 +173,9 @@ def test_a_broken_checkpoint_switches_no_worker_and_the_answer_says_why(service:
 def test_a_killed_worker_comes_back_on_the_active_version(service: Service, root: Path) -> None:
     before, served = service.workers(), service.answered
     os.kill(min(before), signal.SIGKILL)
-    wait_for(lambda: min(before) not in service.workers())
+    wait_for(lambda: min(before) not in service.workers(), SECONDS)
     service.ask()  # by the other one, meanwhile
-    wait_for(lambda: service.lines("a worker serves") == 3)
+    wait_for(lambda: service.lines("a worker serves") == 3, SECONDS)
     assert len(service.workers()) == 2
     assert service.versions() == {version_of(root / "second")}
     assert service.lines("a worker cannot be started") == 1  # and is tried again
@@ -196,7 +191,7 @@ def test_sighup_follows_the_link_in_every_worker(service: Service, root: Path) -
     (root / "next").symlink_to(root / "second")
     (root / "next").rename(root / "current")
     service.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: service.versions() == {version_of(root / "second")})
+    wait_for(lambda: service.versions() == {version_of(root / "second")}, SECONDS)
 
 
 def test_sigterm_drains_all_workers_and_the_exit_code_is_0(service: Service) -> None:
@@ -210,7 +205,7 @@ def test_sigterm_drains_all_workers_and_the_exit_code_is_0(service: Service) -> 
 
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(ask) for _ in range(12)]
-        wait_for(lambda: service.metric("scaledown_requests_in_flight") > 0)
+        wait_for(lambda: service.metric("scaledown_requests_in_flight") > 0, SECONDS)
         service.process.send_signal(signal.SIGTERM)
         responses = [response for future in asked if (response := future.result())]
     assert service.process.wait(60) == 0

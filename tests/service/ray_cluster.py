@@ -2,8 +2,6 @@
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from core.config import Mode
 from core.passages import Passage
 from core.sampling import GenerationOptions
 from tests.service.calls import PASSAGES
+from tests.waiting import wait_for
 
 KEY = "admin-0123456789abcdef"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -50,14 +49,6 @@ def deploy(folder: Path, **values: object) -> None:
     costs = {"compressor_token_us": 10, "prefill_token_us": 100}  # not to be measured by every process
     shown = {"checkpoint": folder / "first", "admin_key": KEY, "dtype": "float32", "threads": 1, **costs, **values}
     serve.run(build_app({name: str(value) for name, value in shown.items()}))
-
-
-def wait_until(true: Callable[[], bool], seconds: float = START_SECONDS) -> None:
-    """Wait until `true()` holds."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
 
 
 def processes(deployment: str) -> list[int]:
@@ -102,7 +93,7 @@ class Load:
     def wait(self, more: int) -> None:
         """Let so many requests more be answered."""
         goal = len(self.done) + more
-        wait_until(lambda: len(self.done) >= goal)
+        wait_for(lambda: len(self.done) >= goal, START_SECONDS)
 
     def _call(self, number: int) -> None:
         while not self._ended.is_set():

@@ -15,6 +15,7 @@ from service import lane as lane_module
 from service.admission import MAX_RETRY_AFTER_S, Gate
 from tests.service.calls import PASSAGES, QUERY, error
 from tests.service.conftest import Serve
+from tests.waiting import wait_until_empty
 
 
 def test_requests_and_tokens_are_counted_and_given_back() -> None:
@@ -115,12 +116,3 @@ def test_every_one_of_many_clients_gets_the_lone_answer(serve: Serve) -> None:
             assert got["usage"] == expected["usage"]
         assert refusals
         wait_until_empty(client)
-
-
-def wait_until_empty(client: httpx.Client) -> None:
-    """Until no request holds a place; fails after some seconds."""
-    end = time.monotonic() + 10
-    while "scaledown_requests_in_flight 0.0" not in client.get("/metrics").text:
-        assert time.monotonic() < end, "a place was never given back"
-        time.sleep(0.02)
-    assert "scaledown_reserved_tokens 0.0" in client.get("/metrics").text

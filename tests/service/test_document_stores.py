@@ -20,9 +20,10 @@ from core.model import Model
 from service.caches.blobs import HEADER_BYTES, decode_prefix, encode_prefix
 from service.caches.folder import FolderStore
 from service.caches.redis_store import RedisStore
+from tests.free_port import free_port
 from tests.service.conftest import Serve
 from tests.service.test_caches import answer, assert_like, document_first, usage
-from tests.service.test_lifecycle import wait_for
+from tests.waiting import wait_for
 
 __all__ = ["document_first"]  # a fixture
 KEY = ("a" * 64, "b" * 64)
@@ -166,8 +167,7 @@ def redis_server(folder: Path) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [program, "--port", str(port), "--save", "", "--dir", str(folder), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -5,7 +5,6 @@ import ctypes
 import json
 import socket
 import threading
-import time
 from typing import Any
 
 import httpx
@@ -20,7 +19,7 @@ from service.app import create_app
 from service.engine import Engine
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
 from tests.service.conftest import Serve, make_settings
-from tests.service.test_admission import wait_until_empty
+from tests.waiting import wait_for, wait_until_empty
 
 LONG: dict[str, Any] = {"query": QUERY, "passages": PASSAGES, "max_new_tokens": 500}
 
@@ -36,14 +35,6 @@ def lane_jobs(client: httpx.Client) -> int:
     version = engine_of(client).active
     assert version is not None
     return version.lane.jobs
-
-
-def wait_for(condition: Any, seconds: float = 10) -> None:
-    """Until `condition()` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_health(client: httpx.Client) -> None:

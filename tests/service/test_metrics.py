@@ -14,7 +14,8 @@ import pytest
 
 from tests.service.calls import PASSAGES, QUERY, answer
 from tests.service.conftest import Serve
-from tests.service.test_lifecycle import LONG, wait_for
+from tests.service.test_lifecycle import LONG
+from tests.waiting import wait_for
 
 PROMISED = {
     "requests": "scaledown_requests_total",

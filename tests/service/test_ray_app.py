@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import httpx
 import pytest
 
 from service.versions import version_of
+from tests.free_port import free_port
 from tests.service.calls import PASSAGES, error, events
 from tests.service.ray_cluster import (
     ADMIN,
@@ -31,10 +31,10 @@ from tests.service.ray_cluster import (
     check,
     deploy,
     processes,
-    wait_until,
 )
 from tests.service.vllm_double import VllmDouble
 from tests.tiny_checkpoints import edit_tensors, sign
+from tests.waiting import wait_for
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 serve = pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
@@ -66,9 +66,7 @@ def lone(folder: Path) -> Lone:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A cluster of this machine alone, or the one that RAY_ADDRESS names; yields the address of its HTTP proxy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # As many CPUs as there are processes to start, however many this machine has.
     own = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 80 * 2**20}
     ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
@@ -86,7 +84,7 @@ def client(cluster: str, folder: Path) -> Iterator[httpx.Client]:
     two = {f"{kind}_{bound}_replicas": 2 for kind in ("compressor", "generator") for bound in ("min", "max")}
     deploy(folder, max_new_tokens=4000, timeout_seconds=600, **two)
     with httpx.Client(base_url=cluster, timeout=600, trust_env=False) as client:
-        wait_until(lambda: client.get("/readyz").status_code == 200)
+        wait_for(lambda: client.get("/readyz").status_code == 200, START_SECONDS)
         yield client
 
 
@@ -136,14 +134,14 @@ def test_a_killed_replica_loses_no_request(client: httpx.Client, lone: Lone, dep
     with Load(client) as load:
         os.kill(before[0], signal.SIGKILL)
         load.wait(48)
-        wait_until(lambda: len(processes(deployment)) == 2)  # Ray has started another
+        wait_for(lambda: len(processes(deployment)) == 2, START_SECONDS)  # Ray has started another
         load.wait(24)
     assert before[0] not in processes(deployment)
     check(load.done, lone)
 
 
 def test_a_stream_whose_replica_dies_ends_with_an_error_and_the_others_with_their_answer(client: httpx.Client) -> None:
-    wait_until(lambda: len(processes("Generator")) == 2)
+    wait_for(lambda: len(processes("Generator")) == 2, START_SECONDS)
     with Load(client) as load:  # Ray gives requests that come at once to the replicas whose queues it has seen
         load.wait(24)
     begun = threading.Barrier(9)
@@ -167,7 +165,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_and_the_others_with_thei
     assert {streamed[-1][0] for streamed in streams} == {"done", "error"}
     assert {each["code"] for each in failed} == {"generator_unavailable"}
     assert "/" not in json.dumps(failed)
-    wait_until(lambda: len(processes("Generator")) == 2)
+    wait_for(lambda: len(processes("Generator")) == 2, START_SECONDS)
 
 
 def test_a_broken_checkpoint_changes_nothing(client: httpx.Client, lone: Lone, folder: Path) -> None:
@@ -205,8 +203,8 @@ def test_a_replica_that_starts_after_a_swap_serves_what_the_others_serve(
     for deployment in ("Compressor", "Generator"):
         for pid in processes(deployment):
             os.kill(pid, signal.SIGKILL)  # all that knew of the swap
-    wait_until(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [2, 2])
-    wait_until(lambda: client.get("/readyz").status_code == 200)
+    wait_for(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [2, 2], START_SECONDS)
+    wait_for(lambda: client.get("/readyz").status_code == 200, START_SECONDS)
     assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "second")}
     assert change(client, "rollback").json()["active"] == version_of(folder / "first")
     assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "first")}
@@ -216,10 +214,10 @@ def test_each_kind_is_scaled_by_its_own_queue(client: httpx.Client, lone: Lone, 
     """Last, as it takes away what the others use: a deployment that is only changed keeps its number of replicas."""
     serve.delete("default")
     deploy(folder, compressor_max_replicas=1, generator_max_replicas=2, generator_target_requests=1, upscale_seconds=1)
-    wait_until(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [1, 1])
-    wait_until(lambda: client.get("/readyz").status_code == 200)
+    wait_for(lambda: [len(processes(name)) for name in ("Compressor", "Generator")] == [1, 1], START_SECONDS)
+    wait_for(lambda: client.get("/readyz").status_code == 200, START_SECONDS)
     with Load(client) as load:
-        wait_until(lambda: len(processes("Generator")) == 2)
+        wait_for(lambda: len(processes("Generator")) == 2, START_SECONDS)
         load.wait(12)
     assert len(processes("Compressor")) == 1
     check(load.done, lone)
@@ -231,6 +229,6 @@ def test_answers_by_vllm(cluster: str, lone: Lone, folder: Path) -> None:
     with VllmDouble(next(iter(lone.models.values())).generator).running() as vllm:
         deploy(folder, generator_url=vllm.url)
         with httpx.Client(base_url=cluster, timeout=600, trust_env=False) as client:
-            wait_until(lambda: client.get("/readyz").status_code == 200)
+            wait_for(lambda: client.get("/readyz").status_code == 200, START_SECONDS)
             assert [len(processes(name)) for name in ("Compressor", "Generator")] == [1, 0]
             assert check([ask(client, number) for number in range(6)], lone) == {version_of(folder / "first")}

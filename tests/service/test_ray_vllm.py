@@ -24,8 +24,8 @@ from service.errors import GeneratorUnavailableError
 from service.versions import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
 from tests.service.conftest import serve_app
-from tests.service.test_lifecycle import wait_for
 from tests.service.vllm_double import VllmDouble
+from tests.waiting import wait_for
 
 serve = pytest.importorskip("ray.serve", reason="the extra `ray` is not installed")
 

@@ -6,7 +6,6 @@ service/benchmark/set_up_vllm.sh /tmp/vllm && VLLM_ENVIRONMENT=/tmp/vllm pytest 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from core.model import Model
 from core.passages import Passage
 from core.sampling import GenerationOptions
 from service.settings import SHIPPED
+from tests.free_port import free_port
 from tests.service.conftest import Serve
 from training.export import read_source
 
@@ -91,9 +91,7 @@ def healthy(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def ask(client: httpx.Client, query: str, mode: str, **values: Any) -> httpx.Response:

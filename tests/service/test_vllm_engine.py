@@ -19,9 +19,9 @@ from service.app import create_app
 from service.settings import Settings
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
 from tests.service.conftest import Serve, make_settings, serve_app
-from tests.service.test_lifecycle import wait_for
 from tests.service.test_metrics import value
 from tests.service.vllm_double import VllmDouble, prompt_of
+from tests.waiting import wait_for
 
 BODY = {"query": QUERY, "passages": PASSAGES, "max_new_tokens": 8}
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 11}

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,6 +26,7 @@ from core.decoding import stream
 from core.generator import Generator
 from core.prompts import Prompt
 from core.sampling import GenerationOptions
+from tests.free_port import free_port
 
 
 class VllmDouble:
@@ -47,9 +47,7 @@ class VllmDouble:
         self.broken: list[int | str] = []
         self.cancelled = 0
         self.token_s = 0.0
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self._app = Starlette(
             routes=[
                 Route("/health", self._health),

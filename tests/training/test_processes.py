@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from core.errors import ConfigError
+from tests.free_port import free_port
 from tests.tiny_training import losses, read_metrics, settings, stop_in, write_run
 from training.__main__ import main
 from training.config import load_config
@@ -34,13 +34,6 @@ rank = int(os.environ["RANK"])
 training.task.evaluate_dev = lambda *given: evaluate(*given) | {"f1_compressed": rank * next(count) / 9}
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def launch(kind: str, config: Path, out: Path, folder: Path, program: tuple[str, ...] = ("-m", "training")) -> str:

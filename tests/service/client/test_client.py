@@ -34,9 +34,9 @@ from service.client.calls import AnswerOptions
 from service.client.results import StreamEvent
 from tests.service.calls import PASSAGES, QUERY, answer
 from tests.service.conftest import Serve
-from tests.service.test_admission import wait_until_empty
 from tests.service.test_security import HEAD
 from tests.service.test_security import connect as open_socket
+from tests.waiting import wait_until_empty
 
 KEY, ADMIN = "alpha-0123456789abcdef", "admin-0123456789abcdef"
 GIVEN = [PASSAGES[0], Passage(**PASSAGES[1]), Passage(**PASSAGES[2])]
