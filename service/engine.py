@@ -76,7 +76,7 @@ class Engine:
         generator: GeneratorEngine = (
             TorchEngine(model, self.settings, self.metrics)
             if self.server is None
-            else VllmEngine(model, self.server, self.outbox, self.metrics)
+            else VllmEngine(model, self.server, self.outbox)
         )
         model = self.caches.attach(model)
         version = Version(Lane(model, self.settings, self.metrics, generator, self.caches.shared_rows()))

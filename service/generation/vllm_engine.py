@@ -20,7 +20,6 @@ from service.generation.golden_answer import GoldenRequest, check_golden, golden
 from service.generation.vllm_server import VllmServer
 from service.generation.vllm_wire import completion_fields, prompt_fields
 from service.jobs import AnswerPlan, Delta, Failed, Finished, Job, Outbox
-from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 NOT_REACHED = "the generator has not been reached yet"
@@ -33,14 +32,13 @@ class VllmEngine:
 
     jobs = 0  # the worker's thread is not needed to write answers
 
-    def __init__(self, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
+    def __init__(self, model: Model, server: VllmServer, outbox: Outbox) -> None:
         self._trouble = NOT_REACHED
         self._verified_after = NEVER  # outages of the server, when it was last seen to have our weights
         self._model = model
         self._golden_request: GoldenRequest | None = None
         self._server = server
         self._outbox = outbox
-        self._metrics = metrics
         self._tasks: dict[Job, asyncio.Task[None]] = {}  # the event loop's
 
     @property
@@ -89,8 +87,6 @@ class VllmEngine:
                 log.error("the generator is refused", extra={"reason": error.message})
             self._trouble = NOT_OURS
             raise CheckpointError(error.message) from None
-        finally:
-            self._metrics.generator_up.set(self.trouble is None)
 
     async def _verify_weights(self) -> None:
         await self._server.connect()
