@@ -4,13 +4,12 @@ Knows no HTTP. Lives on one event loop; the models belong to the worker's thread
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from core.errors import ScaledownError
+from core.errors import CheckpointError, ScaledownError
 from core.model import Model
 from service.admission import Gate
 from service.caches.engine_caches import EngineCaches
@@ -30,16 +29,21 @@ from service.settings import Settings
 from service.worker import Worker
 
 WATCH_SECONDS = 2.0
+REFUSED_SECONDS = 30.0  # until a version that is only held, and whose weights the generator lacks, is tried again
 CHECKPOINT_HEADER = "X-Checkpoint"  # of a request that wants another version than the active one
 
 
 @dataclass(eq=False)
 class Version:
-    """A loaded checkpoint. `sessions` counts requests that began with it and keep it in memory."""
+    """A loaded checkpoint. `sessions` counts requests that began with it and keep it in memory.
+
+    refused_until   when its generator may be asked again, on the monotonic clock; the active version's always is
+    """
 
     lane: Lane
     sessions: int = 0
     retired: bool = False
+    refused_until: float = 0.0
 
     @property
     def model(self) -> Model:
@@ -76,7 +80,7 @@ class Engine:
         generator: GeneratorEngine = (
             TorchEngine(model, self.settings, self.metrics)
             if self.server is None
-            else VllmEngine(model, self.server, self.outbox, self.metrics)
+            else VllmEngine(model, self.server, self.outbox)
         )
         model = self.caches.attach(model)
         version = Version(Lane(model, self.settings, self.metrics, generator, self.caches.shared_rows()))
@@ -153,12 +157,33 @@ class Engine:
         self.fail_all(StoppingError("the service is shutting down and could not finish this request in time"))
 
     async def watch_generator(self) -> None:
-        """See for ever whether the active version's answers can be written; `trouble` there says what was found."""
+        """See for ever whether answers can be written; the generators' `trouble` says what was found.
+
+        The active version is always looked at. Others that a request may name are while they are in trouble, apart from
+        it: one that takes long must not hide that the active one is away.
+        """
+        await asyncio.gather(self._watch_active(), self._watch_held())
+
+    async def _watch_active(self) -> None:
         while True:
             if self.active is not None:
-                with contextlib.suppress(ScaledownError):
-                    await self.active.lane.generator.verify()
+                await self._look(self.active)
             await asyncio.sleep(WATCH_SECONDS)
+
+    async def _watch_held(self) -> None:
+        while True:
+            for version in [each for each in self.offered.values() if each is not self.active]:
+                if version.lane.generator.trouble and time.monotonic() >= version.refused_until:
+                    await self._look(version)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    async def _look(self, version: Version) -> None:
+        try:
+            await version.lane.generator.verify()
+        except CheckpointError:
+            version.refused_until = time.monotonic() + REFUSED_SECONDS
+        except ScaledownError:  # `trouble` says it
+            return
 
     async def stop(self) -> None:
         """Let go of the threads and connections."""

@@ -60,6 +60,8 @@ def set_gauges(engine: Engine) -> None:
     shown.reserved_tokens.set(engine.gate.tokens)
     shown.store_bytes.set(engine.store.size)
     engine.caches.publish()
+    if engine.active is not None:
+        shown.generator_up.set(engine.active.lane.generator.trouble is None)
     for stage in STAGES:
         shown.in_stage.labels(stage).set(stages[stage])
 

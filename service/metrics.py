@@ -18,6 +18,7 @@ TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 65536)
 SHARE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COUNT = (1, 2, 4, 8, 16, 32, 64, 128)
 STAGES = ("tokenize", "queue", "compress", "first_token", "decode")
+GaugeMode = Literal["livesum", "livemax", "livemin"]  # how the values of several workers become one
 RATE = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
 
 
@@ -33,7 +34,7 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"scaledown_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str, mode: Literal["livesum", "livemax"] = "livesum") -> Gauge:
+        def gauge(name: str, text: str, *labels: str, mode: GaugeMode = "livesum") -> Gauge:
             return Gauge(f"scaledown_{name}", text, labels, registry=registry, multiprocess_mode=mode)
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
@@ -52,7 +53,10 @@ class Metrics:
         self.padding_share = histogram("compress_padding_share", "Padding in a compression batch, 0 to 1", SHARE)
         self.split_batches = counter("split_batches_total", "Batches that failed and were halved")
         self.decode_sequences = histogram("decode_sequences", "Answers that got a token in one step", COUNT)
-        self.generator_up = gauge("generator_up", "1 while answers can be written: no server or replica is missed")
+        self.generator_up = gauge(
+            "generator_up", "1 while every worker has a generator for the version that serves", mode="livemin"
+        )
+        self.generator_up.set(1)  # a worker that still loads misses nothing yet
         self.generator_retries = counter("generator_retries_total", "Prompts sent again to the generator's server")
         self.text_tokens = counter("text_tokens_total", "Prompt tokens had all passages been text", "checkpoint")
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens as they were", "checkpoint")

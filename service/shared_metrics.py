@@ -50,7 +50,7 @@ def forget_worker(folder: Path, number: int) -> None:
 
 
 class SharedCollector(Collector):
-    """Every worker's metrics in one: counters, histograms and gauges summed, `process_*` with a label `worker`."""
+    """Every worker's metrics in one: summed, or what each gauge's mode says; `process_*` with a label `worker`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._folder = Path(os.environ[VARIABLE])

@@ -5,6 +5,7 @@ The worker's thread never waits for them. Knows neither files nor servers, only 
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +17,8 @@ from service.caches.blobs import HEADER_BYTES, BlobStore, decode_prefix, encode_
 
 log = logging.getLogger(__name__)
 MAX_WAITING_BYTES = 256 * 2**20  # of prefixes that wait to be written; more are not kept there
+FETCH_SECONDS = 1.0  # of one request's looking up; a read that has begun is waited for
+REST_SECONDS = 5.0  # stores that were too slow are left alone for so long: who waits for them tokenises nothing
 
 
 class BlobStores:
@@ -25,6 +28,7 @@ class BlobStores:
         self._stores = stores
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="document-cache")
         self._waiting = 0
+        self._rest_until = 0.0
         self._lock = threading.Lock()
 
     def put(self, key: PrefixKey, prefix: Prefix) -> None:
@@ -39,18 +43,27 @@ class BlobStores:
             return
 
     def fetch(self, documents: DocumentCache, rows: Sequence[ChunkRow]) -> None:
-        """Bring what is known of rows' chunks into the memory, as far as that has room for them all. May take a while.
+        """Bring what is known of rows' chunks into the memory, as far as that has room for them all.
 
-        Never for more than the memory holds: later chunks would only push out the first.
+        What FETCH_SECONDS did not bring is computed, as if nobody knew it. Never for more than the memory holds: later
+        chunks would only push out the first.
         """
+        if not self._stores or time.monotonic() < self._rest_until:
+            return
+        end = time.monotonic() + FETCH_SECONDS
         room = documents.memory.max_bytes
         for row in rows:
             key, like = documents.key(row), documents.like(row)
             room -= like.nbytes
             if room < 0:
                 return
-            if key not in documents.memory:
-                self._fetch(documents, key, like)
+            if key in documents.memory:
+                continue
+            self._fetch(documents, key, like)
+            if time.monotonic() > end:
+                log.warning("kept chunks come too slowly: none are looked up for now")
+                self._rest_until = time.monotonic() + REST_SECONDS
+                return
 
     def _fetch(self, documents: DocumentCache, key: PrefixKey, like: Prefix) -> None:
         for store in self._stores:

@@ -6,7 +6,7 @@ ServiceError
 └── ResponseError            the service said no; code, field, request_id and status say what and where
     ├── InvalidRequestError      the request cannot be served as it stands (400, 404, 405, 409, 413, 415, 422)
     ├── AuthenticationError      no key, or not a valid one (401, 403)
-    ├── OverloadedError          no room, not ready or shutting down: later or elsewhere (429, 503)
+    ├── OverloadedError          no room, not ready or no generator: later or elsewhere (429, 503)
     ├── DeadlineError            the request's deadline passed (408, 504)
     └── FailedError              the service failed (any other)
 """
@@ -64,7 +64,7 @@ class AuthenticationError(ResponseError):
 
 
 class OverloadedError(ResponseError):
-    """No room now, or the service is not ready: try again later or elsewhere."""
+    """No room now, the service is not ready or has no generator: try again later or elsewhere."""
 
 
 class DeadlineError(ResponseError):
@@ -84,7 +84,7 @@ BY_STATUS: dict[int, type[ResponseError]] = {
 # In a stream the status is gone before the error comes: its code says what it would have been.
 BY_CODE: dict[str, type[ResponseError]] = {
     **dict.fromkeys(("invalid_input", "too_large"), InvalidRequestError),
-    **dict.fromkeys(("overloaded", "not_ready", "stopping"), OverloadedError),
+    **dict.fromkeys(("overloaded", "not_ready", "stopping", "generator_unavailable"), OverloadedError),
     "deadline": DeadlineError,
 }
 

@@ -59,7 +59,6 @@ class TorchEngine:
         self._prefix: PromptPrefix | None = None  # read by the worker's thread, before its first prompt
         self._settings = settings
         self._metrics = metrics
-        metrics.generator_up.set(True)  # it is here, and away only with the process
         self._ready: deque[Waiting] = deque()
         self._running: dict[Sequence, Running] = {}
         self._decoder: DecodeBatch | None = None

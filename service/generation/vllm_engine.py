@@ -17,10 +17,9 @@ from core.text_stream import TextStream
 from service.errors import GeneratorUnavailableError
 from service.failures import shown
 from service.generation.golden_answer import GoldenRequest, check_golden, golden_request
-from service.generation.vllm_server import VllmServer
+from service.generation.vllm_server import UNREACHABLE, VllmServer
 from service.generation.vllm_wire import completion_fields, prompt_fields
 from service.jobs import AnswerPlan, Delta, Failed, Finished, Job, Outbox
-from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 NOT_REACHED = "the generator has not been reached yet"
@@ -33,14 +32,14 @@ class VllmEngine:
 
     jobs = 0  # the worker's thread is not needed to write answers
 
-    def __init__(self, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
+    def __init__(self, model: Model, server: VllmServer, outbox: Outbox) -> None:
         self._trouble = NOT_REACHED
         self._verified_after = NEVER  # outages of the server, when it was last seen to have our weights
+        self._failures_known = 0  # of the server, at that time
         self._model = model
         self._golden_request: GoldenRequest | None = None
         self._server = server
         self._outbox = outbox
-        self._metrics = metrics
         self._tasks: dict[Job, asyncio.Task[None]] = {}  # the event loop's
 
     @property
@@ -70,29 +69,38 @@ class VllmEngine:
         return False
 
     async def verify(self) -> None:
-        """See that the server is there and, the first time or after it was away, that it has the checkpoint's weights.
+        """See that the server is there and, at first or after something failed, that it has the checkpoint's weights.
 
+        Where it was not away, answers go on meanwhile, and are stopped only if the golden one fails too.
         Raises GeneratorUnavailableError, and CheckpointError for other weights.
         """
         try:
             await self._server.probe()
-            if self.trouble is not None:
-                outages = self._server.outages
+            if self.trouble is not None or self._failures_known != self._server.failures:
                 await self._verify_weights()
-                self._verified_after = outages
-                log.info("the generator has this checkpoint's weights", extra={"checkpoint": self._model.name})
         except (GeneratorUnavailableError, OverloadedError) as error:
-            self._trouble = error.message
+            if self.trouble is not None:
+                self._trouble = error.message
             raise GeneratorUnavailableError(error.message) from None
         except (CheckpointError, EngineError) as error:
             if self._trouble != NOT_OURS:
                 log.error("the generator is refused", extra={"reason": error.message})
             self._trouble = NOT_OURS
             raise CheckpointError(error.message) from None
-        finally:
-            self._metrics.generator_up.set(self.trouble is None)
 
     async def _verify_weights(self) -> None:
+        outages, failures = self._server.outages, self._server.failures
+        try:
+            await self._ask_golden()
+        except (GeneratorUnavailableError, CheckpointError, EngineError):
+            if self.trouble is None:
+                self._server.away()  # for other versions, too
+            raise
+        if self.trouble is not None:
+            log.info("the generator has this checkpoint's weights", extra={"checkpoint": self._model.name})
+        self._verified_after, self._failures_known, self._trouble = outages, failures, UNREACHABLE
+
+    async def _ask_golden(self) -> None:
         await self._server.connect()
         if self._server.max_tokens is not None:  # it may serve shorter sequences than the model was made for
             generator = self._model.generator
@@ -114,9 +122,6 @@ class VllmEngine:
     async def _run(self, job: Job, plan: AnswerPlan, body: bytes) -> None:
         try:
             await self._write(job, plan, self._server.stream(body))
-        except GeneratorUnavailableError as error:
-            self._trouble = error.message
-            job.end(Failed(error))
         except Exception as error:
             job.end(Failed(shown(error, job)))
 
@@ -141,4 +146,4 @@ class VllmEngine:
                 if text.stopped:
                     return
         if not job.done:
-            raise self._server.away("the generator broke off its answer")
+            raise self._server.failed("the generator broke off its answer")

@@ -23,6 +23,7 @@ TRIES = 3
 RETRY_WAIT_S = 0.2
 CONNECT_S = 5.0
 PROBE_S = 5.0
+LATE_PROBES = 3  # in a row, before a server that is only slow is taken for away
 JSON = {"Content-Type": "application/json"}
 UNREACHABLE = "the generator cannot be reached"
 
@@ -30,7 +31,8 @@ UNREACHABLE = "the generator cannot be reached"
 class VllmServer:
     """One server: `model` and `max_tokens` are what it serves, once `connect` has asked it.
 
-    outages  how often it was found to be away: what was known of it before an outage may not hold after it
+    outages   how often it was found to be away: what was known of it before an outage may not hold after it
+    failures  requests that failed while it may well be there: a reason to look, not to turn others away
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -38,6 +40,8 @@ class VllmServer:
         self.model = settings.generator_model
         self.max_tokens: int | None = None
         self.outages = 0
+        self.failures = 0
+        self._late = 0  # probes without an answer, in a row
         self._wanted = settings.generator_model
         self._metrics = metrics
         self._client = httpx.AsyncClient(
@@ -54,16 +58,31 @@ class VllmServer:
     async def connect(self) -> None:
         """Ask what is served. Raises GeneratorUnavailableError, and EngineError for a model that is not there."""
         response = await self._ask("GET", "models", None)
+        if response.status_code != 200:
+            raise self.failed(_status(response))
         self.model, self.max_tokens = parse_models(response.text, self._wanted)
 
     async def probe(self) -> None:
-        """Ask whether it is well (`/health` beside `/v1`). Raises GeneratorUnavailableError."""
+        """Ask whether it is well (`/health` beside `/v1`). Raises GeneratorUnavailableError.
+
+        Away is what cannot be reached, says that it is not well, or gives no answer LATE_PROBES times in a row.
+        """
         root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
-        await self._ask("GET", f"{root}/health", None)
+        try:
+            response = await self._ask("GET", f"{root}/health", None)
+        except GeneratorUnavailableError as error:
+            self._late += 1
+            raise (self.away(error.message) if self._late >= LATE_PROBES else error) from None
+        self._late = 0
+        if response.status_code != 200:
+            raise self.away(_status(response))
 
     async def complete(self, fields: Mapping[str, Any]) -> Written:
         """One completion in one piece, with log-probabilities. Raises as `stream` does."""
-        return parse_completion((await self._ask("POST", "completions", self.body(fields))).text)
+        response = await self._ask("POST", "completions", self.body(fields))
+        if response.status_code != 200:
+            raise self._refusal(response)
+        return parse_completion(response.text)
 
     def body(self, fields: Mapping[str, Any]) -> bytes:
         """The JSON of a completion of this server's model; may be called in any thread."""
@@ -97,24 +116,28 @@ class VllmServer:
     async def _ask(self, method: str, path: str, body: bytes | None) -> httpx.Response:
         timeout = PROBE_S if body is None else httpx.USE_CLIENT_DEFAULT
         try:
-            response = await self._client.request(method, path, content=body, headers=JSON, timeout=timeout)
+            return await self._client.request(method, path, content=body, headers=JSON, timeout=timeout)
         except httpx.HTTPError as error:
             raise self._unavailable(error) from None
-        if response.status_code != 200:
-            raise self._refusal(response)
-        return response
 
     def away(self, message: str = UNREACHABLE) -> GeneratorUnavailableError:
         """Note an outage; the error to raise."""
         self.outages += 1
         return GeneratorUnavailableError(message)
 
+    def failed(self, message: str) -> GeneratorUnavailableError:
+        """Note the failure of one request, which may be the request's own fault; the error to raise."""
+        self.failures += 1
+        return GeneratorUnavailableError(message)
+
     def _unavailable(self, error: httpx.HTTPError) -> GeneratorUnavailableError:
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+            return self.away()
         stuck = isinstance(error, httpx.ReadTimeout)
-        return self.away("the generator makes no progress" if stuck else UNREACHABLE)
+        return self.failed("the generator makes no progress" if stuck else "the generator broke the connection")
 
     def _refusal(self, response: httpx.Response) -> ScaledownError:
-        """A status that is not 200 as an error of ours; what the server said is for the log and the operator only."""
+        """A completion's status that is not 200 as an error of ours; what the server said is for the operator only."""
         said = ""
         with contextlib.suppress(ValueError):
             body = response.json()
@@ -125,7 +148,11 @@ class VllmServer:
             return OverloadedError("the generator has no room", float(wait) if wait.isdecimal() else 5.0)
         if response.status_code in (400, 422):
             return EngineError(f"the generator refused the prompt: {said}")
-        return self.away(f"the generator answers with status {response.status_code}")
+        return self.failed(_status(response))
+
+
+def _status(response: httpx.Response) -> str:
+    return f"the generator answers with status {response.status_code}"
 
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:

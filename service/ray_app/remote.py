@@ -115,9 +115,8 @@ class RemoteGenerator:
 
     jobs = 0
 
-    def __init__(self, version: str, fleet: Fleet, calls: Calls, metrics: Metrics) -> None:
+    def __init__(self, version: str, fleet: Fleet, calls: Calls) -> None:
         self.trouble: str | None = None
-        self._metrics = metrics
         self._version = version
         self._fleet = fleet
         self._calls = calls
@@ -145,8 +144,6 @@ class RemoteGenerator:
         except GeneratorUnavailableError as error:
             self.trouble = error.message
             raise
-        finally:
-            self._metrics.generator_up.set(self.trouble is None)
 
     async def _write(self, job: Job, plan: AnswerPlan, prompt: Prompt) -> None:
         try:
@@ -167,8 +164,8 @@ class RemoteGenerator:
 class PreparedVllmEngine(VllmEngine):
     """A `VllmEngine` that is not ready before the compressor replicas are."""
 
-    def __init__(self, fleet: Fleet, model: Model, server: VllmServer, outbox: Outbox, metrics: Metrics) -> None:
-        super().__init__(model, server, outbox, metrics)
+    def __init__(self, fleet: Fleet, model: Model, server: VllmServer, outbox: Outbox) -> None:
+        super().__init__(model, server, outbox)
         self._fleet = fleet
 
     async def verify(self) -> None:
@@ -180,7 +177,6 @@ class PreparedVllmEngine(VllmEngine):
             await self._fleet.prepare(self._model.name)
         except GeneratorUnavailableError as error:
             self._trouble, self._verified_after = error.message, NEVER
-            self._metrics.generator_up.set(False)
             raise
         await super().verify()
 
@@ -199,9 +195,9 @@ class RemoteEngine(Engine):
         if self.server is None:
             forget_weights(model.compressor)
             forget_weights(model.generator)
-            generator = RemoteGenerator(model.name, self._fleet, self._calls, self.metrics)
+            generator = RemoteGenerator(model.name, self._fleet, self._calls)
         else:
-            generator = PreparedVllmEngine(self._fleet, model, self.server, self.outbox, self.metrics)
+            generator = PreparedVllmEngine(self._fleet, model, self.server, self.outbox)
         shared = self.caches.shared_rows()
         lane = RemoteLane(model, self.settings, self.metrics, generator, shared, self._fleet, self._calls)
         self.worker.open(lane)

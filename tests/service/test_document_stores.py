@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.compressors.prefixes import Prefix
+from core.document_cache import PrefixKey
 from core.errors import ConfigError
 from core.model import Model
+from service.caches import documents
 from service.caches.blobs import HEADER_BYTES, decode_prefix, encode_prefix
 from service.caches.folder import FolderStore
 from service.caches.redis_store import RedisStore
@@ -158,6 +160,33 @@ def test_a_service_that_starts_again_knows_its_chunks(serve: Serve, document_fir
         wait_for(lambda: len(list(tmp_path.rglob("*.safetensors"))) == chunks)
     with serve(document_first, document_cache_folder=tmp_path) as client:
         assert usage(answer(client)) == (0, chunks)
+
+
+def test_a_store_that_is_slow_is_not_waited_for(
+    serve: Serve, document_first: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PrefixKey] = []
+    read = FolderStore.read
+
+    def read_slowly(store: FolderStore, key: PrefixKey, max_bytes: int) -> bytes | None:
+        asked.append(key)
+        time.sleep(0.2)
+        return read(store, key, max_bytes)
+
+    with serve(document_first, document_cache_folder=tmp_path) as client:
+        expected = answer(client)
+        chunks = usage(answer(client))[1]
+        wait_for(lambda: len(list(tmp_path.rglob("*.safetensors"))) == chunks)
+    monkeypatch.setattr(FolderStore, "read", read_slowly)
+    monkeypatch.setattr(documents, "FETCH_SECONDS", 0.3)
+    with serve(document_first, document_cache_folder=tmp_path) as client:
+        again = answer(client)
+        assert usage(again) == (0, len(asked))
+        assert 1 <= len(asked) <= 2 < chunks
+        assert_like(again, expected)
+        asked.clear()
+        assert answer(client, passages=["Nobody has asked about this one yet."])["answer"]
+        assert not asked  # it is left alone for a while
 
 
 @contextlib.contextmanager

@@ -177,6 +177,7 @@ from service.metrics import Metrics
 metrics = Metrics()
 metrics.requests.labels("/answer", "200").inc(3)
 metrics.in_flight.set(2)
+metrics.generator_up.set(number == "0")
 for version in ("old", *kept):
     metrics.completion_tokens.labels(version).inc(5)
     metrics.checkpoint.labels(version).set(1)
@@ -191,8 +192,9 @@ def run_worker(folder: Path, number: str, *kept: str) -> str:
 
 
 def test_processes_add_up_and_a_successor_goes_on_where_the_dead_one_was(tmp_path: Path) -> None:
-    run_worker(tmp_path, "0", "new")
+    assert "scaledown_generator_up 1.0" in run_worker(tmp_path, "0", "new")
     text = run_worker(tmp_path, "1", "new")
+    assert "scaledown_generator_up 0.0" in text  # one of two is not well: no sum
     assert 'scaledown_requests_total{route="/answer",status="200"} 6.0' in text
     assert "scaledown_requests_in_flight 4.0" in text
     assert 'scaledown_checkpoint_info{checkpoint="new"} 1.0' in text

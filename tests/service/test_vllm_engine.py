@@ -11,14 +11,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from core.checkpoint import load_checkpoint
+from core.checkpoint import load_checkpoint, save_checkpoint
+from core.config import CompressorConfig, Config, GeneratorConfig
 from core.errors import CheckpointError
-from core.model import Model
+from core.model import Model, build_model
 from service import engine as engine_module
 from service.app import create_app
+from service.generation import vllm_server
 from service.settings import Settings
+from service.versions import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
 from tests.service.conftest import Serve, make_settings, serve_app
+from tests.service.test_checkpoints import change, serve_checkpoint
 from tests.service.test_metrics import value
 from tests.service.vllm_double import VllmDouble, prompt_of
 from tests.waiting import wait_for
@@ -56,7 +60,7 @@ def remote(serve: Serve, vllm: VllmDouble) -> Iterator[httpx.Client]:
 @pytest.fixture(autouse=True)
 def _whole_again(vllm: VllmDouble) -> Iterator[None]:
     yield
-    vllm.broken, vllm.token_s = [], 0.0
+    vllm.broken, vllm.refused, vllm.token_s, vllm.health, vllm.health_s = [], [], 0.0, 200, 0.0
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -180,6 +184,96 @@ def test_away_and_back(serve: Serve, model: Model) -> None:
                 assert "scaledown_generator_up 1.0" in client.get("/metrics").text
             assert client.post("/answer", json=BODY).status_code == 503
             wait_for(lambda: client.get("/readyz").status_code == 503)
+
+
+def outages(client: httpx.Client) -> int:
+    """How often the service has found its server away; `/readyz` would show it for a moment only."""
+    return client.app.state.engine.server.outages  # type: ignore[attr-defined,no-any-return]
+
+
+def golden_answers(vllm: VllmDouble) -> int:
+    return sum("logprobs" in body for body in vllm.requests)
+
+
+def test_a_server_that_says_it_is_not_well_is_away(remote: httpx.Client, vllm: VllmDouble) -> None:
+    vllm.health = 503  # vLLM whose engine is dead, or a balancer with nobody behind it
+    wait_for(lambda: remote.get("/readyz").status_code == 503)
+    assert "status 503" in remote.get("/readyz").text
+    assert value(remote, "scaledown_generator_up") == 0
+    response = remote.post("/answer", json=BODY)
+    assert (response.status_code, error(response)["code"]) == (503, "generator_unavailable")
+    vllm.health = 200
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+    assert value(remote, "scaledown_generator_up") == 1
+    assert answer(remote)["answer"]
+
+
+@pytest.mark.parametrize("failure", [500, 502, 401, "cut"])
+def test_a_request_that_fails_fails_alone(remote: httpx.Client, vllm: VllmDouble, failure: int | str) -> None:
+    before, asked = outages(remote), golden_answers(vllm)
+    for _ in range(2):
+        vllm.broken = [failure]
+        response = remote.post("/answer", json=BODY)
+        assert (response.status_code, error(response)["code"]) == (503, "generator_unavailable")
+        assert remote.get("/readyz").status_code == 200
+        assert answer(remote)["answer"]
+    wait_for(lambda: golden_answers(vllm) > asked)  # whether more is wrong is seen to meanwhile
+    assert outages(remote) == before
+
+
+def test_when_the_golden_answer_fails_too_the_server_is_away(remote: httpx.Client, vllm: VllmDouble) -> None:
+    before = outages(remote)
+    vllm.broken, vllm.refused = [500], [500]
+    assert remote.post("/answer", json=BODY).status_code == 503
+    wait_for(lambda: outages(remote) == before + 1)
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+
+
+def test_a_slow_probe_is_an_outage_only_if_the_next_are_slow_too(
+    remote: httpx.Client, vllm: VllmDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "PROBE_S", 1.0)
+    before, vllm.probes, vllm.health_s = outages(remote), 0, 3.0
+    wait_for(lambda: vllm.probes == 1)
+    vllm.health_s = 0.0
+    wait_for(lambda: vllm.probes > 3)  # the first was late
+    assert outages(remote) == before
+    vllm.probes, vllm.health_s = 0, 3.0
+    wait_for(lambda: "no progress" in remote.get("/readyz").text)
+    assert vllm.probes >= vllm_server.LATE_PROBES
+    vllm.health_s = 0.0
+    wait_for(lambda: remote.get("/readyz").status_code == 200)
+
+
+def test_versions_that_are_held_come_back_too(root: Path) -> None:
+    """Both checkpoints have the generator that the double serves."""
+    vllm = VllmDouble(load_checkpoint(root / "first").generator)
+    with vllm.running(), serve_checkpoint(root / "first", generator_url=vllm.url, keep_checkpoints=1) as client:
+        held = change(client, "load", "second").json()["version"]
+        assert held == version_of(root / "second")
+        named = {"X-Checkpoint": held}
+        assert client.post("/answer", json=BODY, headers=named).json()["checkpoint"] == held
+        vllm.health = 503
+        wait_for(lambda: client.post("/answer", json=BODY, headers=named).status_code == 503)
+        vllm.health = 200
+        wait_for(lambda: client.post("/answer", json=BODY, headers=named).status_code == 200)
+        assert answer(client)["checkpoint"] == version_of(root / "first")
+
+
+def test_a_version_that_is_refused_leaves_the_gauge_as_it_is(
+    root: Path, tiny_mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "WATCH_SECONDS", 60)  # nobody mends it meanwhile
+    other = Config(compressor=CompressorConfig(n_layers=1), generator=GeneratorConfig(base_model=str(tiny_mistral)))
+    save_checkpoint(build_model(other, seed=0), tmp_path / "other")
+    vllm = VllmDouble(load_checkpoint(root / "first").generator)
+    with (
+        vllm.running(),
+        serve_checkpoint(root / "first", generator_url=vllm.url, checkpoint_root=tmp_path) as client,
+    ):
+        assert change(client, "activate", "other").status_code == 409
+        assert value(client, "scaledown_generator_up") == 1
+        assert answer(client)["checkpoint"] == version_of(root / "first")
 
 
 def other_weights(model: Model) -> VllmDouble:

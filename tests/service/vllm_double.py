@@ -34,9 +34,13 @@ class VllmDouble:
 
     requests    bodies of all completions
     headers     of the newest of them
-    broken      what the next completions meet, in turn: a status, "reset" before or "cut" after the first token
+    broken      what the next streams meet, in turn: a status, "reset" before or "cut" after the first token
+    refused     statuses that the next completions in one piece meet, in turn
     cancelled   completions whose client left before their end
     token_s     seconds each token takes
+    health      status that /health answers with
+    health_s    seconds it takes
+    probes      how often it was asked
     """
 
     def __init__(self, generator: Generator, max_model_len: int = 512) -> None:
@@ -45,8 +49,12 @@ class VllmDouble:
         self.requests: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
         self.broken: list[int | str] = []
+        self.refused: list[int] = []
         self.cancelled = 0
         self.token_s = 0.0
+        self.health = 200
+        self.health_s = 0.0
+        self.probes = 0
         self.port = free_port()
         self._app = Starlette(
             routes=[
@@ -80,7 +88,9 @@ class VllmDouble:
             assert not thread.is_alive(), "the double did not stop"
 
     async def _health(self, _: Request) -> Response:
-        return Response()
+        self.probes += 1
+        await asyncio.sleep(self.health_s)
+        return Response(status_code=self.health)
 
     async def _models(self, _: Request) -> Response:
         entry = {"id": "generator", "object": "model", "max_model_len": self.max_model_len}
@@ -90,7 +100,8 @@ class VllmDouble:
         body = await request.json()
         self.requests.append(body)
         self.headers = dict(request.headers)
-        broken = self.broken.pop(0) if self.broken else None
+        failures = self.broken if body["stream"] else self.refused
+        broken = failures.pop(0) if failures else None
         if isinstance(broken, int):
             return JSONResponse({"error": {"message": "secret details", "code": broken}}, broken)
         if body["model"] != "generator":

@@ -78,6 +78,7 @@ def test_events_are_the_same_however_their_bytes_are_cut(text: str, cuts: list[i
     [
         ("deadline", DeadlineError),
         ("stopping", OverloadedError),
+        ("generator_unavailable", OverloadedError),
         ("too_large", InvalidRequestError),
         ("x", FailedError),
     ],
