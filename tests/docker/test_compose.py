@@ -24,7 +24,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 AFTER_DRAIN_SECONDS = 10
 # What docs for operators name, and a profile, the image, a mount or a secret sets here.
 SET_HERE = {"ACCELERATOR", "DEVICE", "HOST", "PORT", "MAX_MODEL_BYTES", "CHECKPOINT_ROOT"}
-SET_HERE |= {"API_KEYS", "ADMIN_KEY", "DOCUMENT_CACHE_REDIS"}
+SET_HERE |= {"API_KEYS", "ADMIN_KEY", "DOCUMENT_CACHE_REDIS", "GENERATOR_KEY"}  # secrets, as files
 
 
 def with_defaults(value: str) -> str:
