@@ -8,7 +8,7 @@ import torch
 from core.accelerators import ACCELERATORS
 from core.accelerators.artifact import accelerate
 from core.accelerators.generator_artifact import accelerate_generator
-from core.accelerators.record import read_record
+from core.accelerators.record import stored_dtype
 from core.answer import answer
 from core.checkpoint import load_checkpoint
 from core.compute_dtype import best_dtype
@@ -86,7 +86,7 @@ def compute_dtype(settings: Settings, folder: Path | None = None) -> torch.dtype
         return DTYPES[settings.dtype]
     if settings.accelerator == "eager" or folder is None:
         return best_dtype(torch.device(settings.device))
-    return DTYPES[read_record(folder.resolve()).dtype]
+    return stored_dtype(folder.resolve())
 
 
 def load_to_serve(settings: Settings, folder: Path | None) -> Model:

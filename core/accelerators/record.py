@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from core.manifest import (
     DTYPES,
     MANIFEST,
     DTypeName,
+    FileRecord,
     Manifest,
     Sha256,
     parse_json,
@@ -74,6 +76,15 @@ class GraphsRecord:
         return (*map(str, self.buckets), *(self.generator.buckets.names if self.generator else ()))
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the graphs in a checkpoint's folder were made in. Raises CheckpointError where it has none.
+
+    Their files are not checked, which takes as long as reading them all: whoever loads them does that.
+    """
+    _listed_files(folder, read_bounded(folder / MANIFEST))
+    return DTYPES[parse_json(GraphsRecord, read_bounded(folder / FOLDER / RECORD), RECORD).dtype]
+
+
 def read_record(folder: Path, accelerator: Accelerator | None = None) -> GraphsRecord:
     """The record of the graphs in a checkpoint's folder, files checked. Raises CheckpointError."""
     return read_record_of(folder, read_version(folder), accelerator)
@@ -87,11 +98,7 @@ def read_record_of(folder: Path, version: str, accelerator: Accelerator | None =
     text = read_bounded(folder / MANIFEST)
     if not version.endswith(f"@{hashlib.sha256(text).hexdigest()[:12]}"):
         raise CheckpointError(f"{folder.name}: was changed while it was loaded")
-    files = parse_json(Manifest, text, MANIFEST).files
-    if f"{FOLDER}/{RECORD}" not in files:
-        raise CheckpointError(
-            f"{folder.name}: has no graphs; make them with `python -m training export ... --target jit` (or neuron)"
-        )
+    files = _listed_files(folder, text)
     for name, record in files.items():
         if not name.startswith(f"{FOLDER}/"):
             continue
@@ -105,6 +112,16 @@ def read_record_of(folder: Path, version: str, accelerator: Accelerator | None =
             if f"{FOLDER}/{name}{accelerator.suffix}" not in files:
                 raise CheckpointError(f"{FOLDER}/{name}{accelerator.suffix}: is missing")
     return graphs
+
+
+def _listed_files(folder: Path, manifest: bytes) -> dict[str, FileRecord]:
+    """The files of a checkpoint that has graphs. Raises CheckpointError."""
+    files = parse_json(Manifest, manifest, MANIFEST).files
+    if f"{FOLDER}/{RECORD}" not in files:
+        raise CheckpointError(
+            f"{folder.name}: has no graphs; make them with `python -m training export ... --target jit` (or neuron)"
+        )
+    return files
 
 
 def check_machine(record: GraphsRecord, model: Model, accelerator: Accelerator) -> None:
