@@ -7,7 +7,7 @@ and control tokens that a caller spells out in a passage or a question stay plai
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from core.base_models import first_line
 from core.config import PromptConfig
 from core.errors import BaseModelError
-from core.tokenization import encode, leading_special_ids
+from core.tokenization import encode, keep_apart, leading_special_ids
 
 SYSTEM, USER, ASSISTANT = "\ue000system\ue001", "\ue000user\ue001", "\ue000assistant\ue001"
 MEMORY_ID = 0  # stands at memory positions: its embedding is overwritten, so any id of the vocabulary would do
@@ -196,6 +196,7 @@ def _chat_segments(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[lis
     before_user, _, after_user = rest.partition(USER)
     # Control tokens first, words after: the two kinds of tokenising switch the tokenizer's mode.
     controls = [_control_ids(tokenizer, part) for part in (before_system, before_user, after_user)]
+    keep_apart(tokenizer, [end, *chain.from_iterable(controls)])
     return [*controls[0], *encode(tokenizer, system).ids, *controls[1]], controls[2], end
 
 

@@ -1,8 +1,10 @@
 """Text to tokens with character spans, safe to call from several threads. Knows nothing about chunks or prompts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from core.base_models import first_line
@@ -41,6 +43,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
         backend.encode_special_tokens = True
     encoding = backend.encode(text, add_special_tokens=False)
     return Tokens(encoding.ids, encoding.offsets)
+
+
+def keep_apart(tokenizer: PreTrainedTokenizerBase, control_ids: Iterable[int]) -> None:
+    """Let control tokens stay text where a caller spells them out, also those that the tokenizer calls ordinary.
+
+    Some do that with tokens of their chat template (`special: false`), which `encode` would find in any text.
+    """
+    added = tokenizer.added_tokens_decoder
+    ordinary = (added[token] for token in sorted(set(control_ids) & added.keys()) if not added[token].special)
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [
+            AddedToken(token.content, special=True, normalized=token.normalized)
+            for token in ordinary
+            if token.content.strip()
+        ]
+    )
 
 
 def leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,7 +12,7 @@ from pydantic import SecretStr, ValidationError
 
 from core.errors import ScaledownError
 from service.logs import configure_logging, take_over
-from service.settings import PREFIX, Settings, check_environment, explain
+from service.settings import PREFIX, Settings, check_environment, check_keys, explain
 from service.tracing import configured
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     """The settings of a command line and the environment. Raises ValidationError and ConfigError."""
     flags = vars(build_parser().parse_args(arguments))
     check_environment()
-    return Settings(**{name: value for name, value in flags.items() if value != ""})  # empty: as if not given
+    settings = Settings(**{name: value for name, value in flags.items() if value != ""})  # empty: as if not given
+    check_keys(settings)
+    return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

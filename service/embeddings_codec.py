@@ -31,12 +31,19 @@ def encode_embeddings(memory: Tensor, dtype: Dtype, encoding: Encoding) -> str |
 
 
 def decode_embeddings(
-    data: str | Sequence[Sequence[float]], dtype: Dtype, shape: Sequence[int], width: int, max_rows: int, field: str
+    data: str | Sequence[Sequence[float]],
+    dtype: Dtype,
+    shape: Sequence[int],
+    width: int,
+    max_rows: int,
+    field: str,
+    held_in: torch.dtype = torch.float32,
 ) -> Tensor:
     """Numbers that `encode_embeddings` wrote, (l, d) float32 on the CPU.
 
     `width` is the generator's embedding width and `max_rows` the most embeddings taken; both are checked, as is the
-    length of `data`, before memory for the numbers is taken. Raises InvalidInputError and TooLargeError for `field`.
+    length of `data`, before memory for the numbers is taken. The generator computes in `held_in`, which has to hold
+    every number. Raises InvalidInputError and TooLargeError for `field`.
     """
     if len(shape) != 2 or shape[1] != width:
         raise InvalidInputError(f"{field}.shape", f"must be [memory embeddings, {width}], got {list(shape)}")
@@ -51,7 +58,11 @@ def decode_embeddings(
         array = _from_lists(data, rows, width, field)
     if not np.isfinite(array).all():
         raise InvalidInputError(f"{field}.data", "holds a number that is not finite")
-    return torch.from_numpy(array.astype(np.float32))
+    memory = torch.from_numpy(array.astype(np.float32))
+    if not memory.to(held_in).isfinite().all():
+        most, name = torch.finfo(held_in).max, str(held_in).removeprefix("torch.")
+        raise InvalidInputError(f"{field}.data", f"holds a number over {most:.5g}: the generator computes in {name}")
+    return memory
 
 
 def _from_base64(data: str, dtype: Dtype, rows: int, width: int, field: str) -> NDArray[Any]:

@@ -50,7 +50,7 @@ class GeneratorUnavailableError(ScaledownError):
 
 
 class UnsupportedError(ScaledownError):
-    """The body is not JSON (`Content-Type`)."""
+    """The body is not JSON (`Content-Type`), or not in UTF-8."""
 
     code = "unsupported_media_type"
 

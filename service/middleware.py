@@ -3,6 +3,7 @@
 Outermost first: request id, headers, log line and metrics; HEAD; keys; the body, read under limits before any route.
 """
 
+import json
 import logging
 import re
 import secrets
@@ -212,6 +213,9 @@ class _BodyReader:
         body = b"".join(parts)
         if body and content_type != "application/json":
             raise UnsupportedError("send JSON with Content-Type: application/json")
+        # Parsers guess UTF-16 and UTF-32 too, whose bytes the check below would misread.
+        if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+            raise UnsupportedError("send JSON in UTF-8")
         _check_structure(body, self.limit.settings.max_json_depth)
         return body
 

@@ -124,6 +124,7 @@ def _decode(model: Model, passage: AnswerPassage, embeddings: Embeddings, field:
         model.generator.hidden_size,
         model.generator.max_tokens,
         field,
+        model.generator.dtype,
     )
     _check_claim(model, embeddings.tokens, len(memory), f"{field}.tokens")
     return StoredPassage(

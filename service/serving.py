@@ -8,7 +8,7 @@ from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from service.engine import CHECKPOINT_HEADER, Engine
+from service.engine import CHECKPOINT_HEADER, Engine, Version
 from service.errors import ClientLeftError
 from service.jobs import Compressed
 from service.limits import AnyRequest
@@ -30,10 +30,15 @@ async def engine_of(request: Request) -> Engine:
 ThisEngine = Annotated[Engine, Depends(engine_of)]
 
 
+def named_version(request: Request, engine: Engine) -> Version | None:
+    """The version that `X-Checkpoint` names, None where the active one is meant. Raises UnknownModelError."""
+    named = request.headers.get(CHECKPOINT_HEADER)
+    return engine.find(named) if named else None
+
+
 async def open_session(request: Request, engine: Engine, body: AnyRequest) -> Session:
     """Admit a request, on the version it names or else the active one. The caller must close the session."""
-    named = request.headers.get(CHECKPOINT_HEADER)
-    session = await engine.open(body, engine.find(named) if named else None)
+    session = await engine.open(body, named_version(request, engine))
     request.state.session = session  # for the log line and the trace
     return session
 

@@ -199,6 +199,16 @@ def explain(error: ValidationError | ScaledownError) -> str:
     return "\n".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
 
 
+def check_keys(settings: Settings) -> None:
+    """Refuse to be open to others where a client's key is set: its name differs from the service's by one letter.
+
+    Raises ConfigError.
+    """
+    alone = settings.host in ("127.0.0.1", "::1", "localhost")
+    if os.environ.get(PREFIX + "API_KEY") and not settings.api_keys and not alone:
+        raise ConfigError(f"{PREFIX}API_KEY is what a client sends: set {PREFIX}API_KEYS, or anyone may call")
+
+
 def check_environment(names: Sequence[str] | None = None) -> None:
     """Refuse `SCALEDOWN_*` variables that mean nothing: a typing error would otherwise leave a limit at its default.
 

@@ -26,6 +26,7 @@ from core.accelerators.generator_graph import (
     empty_cache,
     prefill_example,
 )
+from core.decode_passes import damaged_rows
 from core.generator import Generator
 from core.prompts import Prompt
 
@@ -91,7 +92,9 @@ class GraphPasses:
             self.read(row, prompt, choose_bucket(buckets, 1, prompt.tokens))
             for row, prompt in enumerate(prompts, start=first)
         ]
-        return torch.cat(logits)
+        joined = torch.cat(logits)
+        self._forget([first + row for row in damaged_rows(joined)])
+        return joined
 
     def read(self, row: int, prompt: Prompt, bucket: Bucket) -> Tensor:
         """Read one prompt into `row` by the graph of `bucket`; its next logits `(1, V)`."""
@@ -113,7 +116,13 @@ class GraphPasses:
         # and whatever stands there is replaced before it is ever seen.
         at = functional.pad(positions, (0, free), value=bucket.length - 1)  # (S,)
         logits, *self._cache = self._graphs.run(decode_name(bucket), embeddings, at, *self._cache)
+        self._forget(damaged_rows(logits[: len(tokens)]))
         return logits[: len(tokens)]
+
+    def _forget(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            for tensor in self._cache:
+                tensor[row] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """As the protocol has it."""

@@ -57,6 +57,7 @@ class ScaleDownRanker:
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
         """The relevant documents, best first. Raises ServiceError."""
+        documents = _with_text(documents)
         if not documents:
             return Ranked(documents=[])
         with _connection(self).client() as client:
@@ -65,6 +66,7 @@ class ScaleDownRanker:
     @component.output_types(documents=list[Document])
     async def run_async(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
         """The same, awaited."""
+        documents = _with_text(documents)
         if not documents:
             return Ranked(documents=[])
         async with _connection(self).async_client() as client:
@@ -105,6 +107,7 @@ class ScaleDownGenerator:
         streaming_callback: StreamingCallbackT | None = None,
     ) -> Replied:
         """One reply. With a callback, its pieces are handed over as they come. Raises ServiceError."""
+        documents = _with_text(documents)
         if not documents:
             return Replied(replies=[])
         callback = select_streaming_callback(None, streaming_callback, requires_async=False)
@@ -127,6 +130,7 @@ class ScaleDownGenerator:
         streaming_callback: StreamingCallbackT | None = None,
     ) -> Replied:
         """The same, awaited; so is a callback that can be."""
+        documents = _with_text(documents)
         if not documents:
             return Replied(replies=[])
         callback = select_streaming_callback(None, streaming_callback, requires_async=True)
@@ -148,6 +152,11 @@ def _connection(part: ScaleDownRanker | ScaleDownGenerator) -> Connection:
     """Opens clients, one for each call: a component may be shared by threads and event loops."""
     key = part.api_key.resolve_value() if part.api_key else None
     return Connection(part.url, key, timeout=part.timeout)
+
+
+def _with_text(documents: list[Document]) -> list[Document]:
+    """Those that can be read: an image's has no content."""
+    return [document for document in documents if (document.content or "").strip()]
 
 
 def _passages(documents: list[Document]) -> list[Passage]:

@@ -4,6 +4,7 @@ chain = {"question": RunnablePassthrough(), "documents": retriever} | RunnableLa
 """
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from service.client import Answer, AnswerOptions, Connection, Done, Passage, Ranking, Token
 
 DOCUMENTS = "documents"
+FIELDS = frozenset(field.name for field in fields(Passage))
 SCORE = "relevance_score"  # the name that LangChain's other rerankers use
 Documents = Sequence[Document | Mapping[str, Any] | str]
 
@@ -51,6 +53,7 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """The relevant documents, best first. Raises ServiceError."""
+        documents = [document for document in documents if document.page_content.strip()]  # an image's has none
         if not documents:
             return []
         with self.connection.client() as client:
@@ -60,6 +63,7 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """The same, awaited."""
+        documents = [document for document in documents if document.page_content.strip()]  # an image's has none
         if not documents:
             return []
         async with self.connection.async_client() as client:
@@ -153,10 +157,13 @@ class ChatScaleDown(Remote, BaseChatModel):
                 "earlier_messages='ignore'"
             )
         options = {**self.options, **({"stop": stop} if stop else {}), **given}
-        documents = options.pop(DOCUMENTS, None) or last.additional_kwargs.get(DOCUMENTS)
-        if not documents:
-            raise ValueError("documents: give at least one: documents=[...] in the call, or a message made by `ask`")
-        return last.text, [passage_of(document) for document in documents], cast(AnswerOptions, options)
+        documents = options.pop(DOCUMENTS, None) or last.additional_kwargs.get(DOCUMENTS) or ()
+        passages = [passage for passage in map(passage_of, documents) if _readable(passage)]
+        if not passages:
+            raise ValueError(
+                "documents: give at least one with text: documents=[...] in the call, or a message made by `ask`"
+            )
+        return last.text, passages, cast(AnswerOptions, options)
 
 
 def ask(inputs: Mapping[str, Any]) -> list[BaseMessage]:
@@ -166,10 +173,18 @@ def ask(inputs: Mapping[str, Any]) -> list[BaseMessage]:
 
 
 def passage_of(document: Document | Mapping[str, Any] | str) -> Passage:
-    """A document of LangChain's, an object with `text`, or a text. A title is read from the metadata."""
+    """A document of LangChain's, an object with `text`, or a text. A title is read from the metadata.
+
+    Of an object, what a passage does not have is passed over.
+    """
     if isinstance(document, str):
         return Passage(document)
-    return Passage(**(_plain(document)))
+    return Passage(**{name: value for name, value in _plain(document).items() if name in FIELDS})
+
+
+def _readable(passage: Passage) -> bool:
+    """Whether there is something to read: an image's document has no text."""
+    return bool((passage.text or "").strip() or passage.embeddings or passage.embedding_id)
 
 
 def _plain(document: Document | Mapping[str, Any] | str) -> Any:

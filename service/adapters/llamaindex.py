@@ -62,6 +62,7 @@ class ScaleDownRerank(Remote, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        nodes = _with_text(nodes)
         if not nodes:
             return []
         with self.connection.client() as client:
@@ -70,6 +71,7 @@ class ScaleDownRerank(Remote, BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        nodes = _with_text(nodes)
         if not nodes:
             return []
         async with self.connection.async_client() as client:
@@ -101,6 +103,7 @@ class ScaleDownQueryEngine(Remote, CustomQueryEngine):
         nodes = self.retriever.retrieve(query_str)
         for postprocessor in self.node_postprocessors:
             nodes = postprocessor.postprocess_nodes(nodes, query_str=query_str)
+        nodes = _with_text(nodes)
         if not nodes:
             return Response(EMPTY)
         passages, options = [passage_of(node) for node in nodes], cast(AnswerOptions, self.options)
@@ -120,6 +123,7 @@ class ScaleDownQueryEngine(Remote, CustomQueryEngine):
         nodes = await self.retriever.aretrieve(query_str)
         for postprocessor in self.node_postprocessors:
             nodes = await postprocessor.apostprocess_nodes(nodes, query_str=query_str)
+        nodes = _with_text(nodes)
         if not nodes:
             return Response(EMPTY)
         passages, options = [passage_of(node) for node in nodes], cast(AnswerOptions, self.options)
@@ -135,10 +139,18 @@ class ScaleDownQueryEngine(Remote, CustomQueryEngine):
             return AsyncStreamingResponse(pieces, _read(nodes, read), metadata)
 
 
+def _with_text(nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+    """Those that can be read: an image's has no text."""
+    return [node for node in nodes if _text_of(node).strip()]
+
+
+def _text_of(node: NodeWithScore) -> str:
+    return node.node.get_content(metadata_mode=MetadataMode.NONE)
+
+
 def passage_of(node: NodeWithScore) -> Passage:
     """A node as a passage: its text as it is, and the title that its metadata may have."""
-    content = node.node.get_content(metadata_mode=MetadataMode.NONE)
-    return Passage(content, title=str(node.node.metadata.get("title") or ""), id=node.node.node_id)
+    return Passage(_text_of(node), title=str(node.node.metadata.get("title") or ""), id=node.node.node_id)
 
 
 def _query_of(bundle: QueryBundle | None) -> str:

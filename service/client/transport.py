@@ -1,6 +1,7 @@
 """Between a call and httpx: the request that carries it, and what a broken connection means."""
 
 import json
+import math
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ from service.client.errors import UnreachableError
 
 # A little more than the service's default deadline, so that it is the service who says what took so long.
 TIMEOUT_S = 130.0
+MARGIN_S = 10.0
 
 
 def address_of(base_url: str) -> str:
@@ -33,7 +35,15 @@ def request_of(http: httpx.Client | httpx.AsyncClient, base_url: str, keys: Keys
     if call.body is None:
         return http.build_request(call.method, base_url + call.path, headers=headers)
     headers["Content-Type"] = "application/json"
-    return http.build_request(call.method, base_url + call.path, content=json.dumps(call.body), headers=headers)
+    content, timeout = json.dumps(call.body), _patience(http.timeout, call.body.get("timeout"))
+    return http.build_request(call.method, base_url + call.path, content=content, headers=headers, timeout=timeout)
+
+
+def _patience(usual: httpx.Timeout, deadline: object) -> httpx.Timeout:
+    """The connection's timeout, longer where the service was given a later deadline."""
+    if not isinstance(deadline, int | float) or usual.read is None or not usual.read < deadline + MARGIN_S < math.inf:
+        return usual
+    return httpx.Timeout(connect=usual.connect, read=deadline + MARGIN_S, write=usual.write, pool=usual.pool)
 
 
 def unreachable(error: httpx.TransportError) -> UnreachableError:

@@ -13,10 +13,10 @@ from service.dialects.openai_format import ChatFormat, TextFormat
 from service.dialects.openai_responses import ChatResponse, CompletionResponse, ModelCard, ModelList
 from service.dialects.openai_schemas import ALIAS, ChatRequest, CompletionRequest
 from service.dialects.questions import chat_question, passages_of
-from service.engine import Engine
+from service.engine import Engine, Version
 from service.errors import NotReadyError, UnknownModelError
 from service.schemas import AnswerRequest, PassageIn
-from service.serving import ThisEngine, serve_answer
+from service.serving import ThisEngine, named_version, serve_answer
 
 STARTED = int(time.time())
 STREAM_EXAMPLE = (
@@ -37,7 +37,7 @@ router = APIRouter(
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM)
 async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer the last user message from `documents`, or from what `tool` and `context` messages hold."""
-    check_model(engine, body.model)
+    check_model(engine, body.model, request)
     query, passages = chat_question(body)
     return await serve_answer(
         request, engine, answer_request(query, passages, body.options()), ChatFormat(body.usage_wanted)
@@ -47,7 +47,7 @@ async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Respo
 @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM)
 async def complete(body: CompletionRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer `prompt`, a question, from `documents`. The prompt is not continued: it is put into the template."""
-    check_model(engine, body.model)
+    check_model(engine, body.model, request)
     native = answer_request(body.query, passages_of(body.documents), body.options())
     return await serve_answer(request, engine, native, TextFormat(body.usage_wanted))
 
@@ -71,17 +71,18 @@ def model_card(engine: Engine, name: str) -> ModelCard:
     return ModelCard(id=name, created=STARTED, dtype=engine.active.model.number_format)
 
 
-def model_names(engine: Engine) -> list[str]:
-    """What `model` may name now. Raises NotReadyError."""
-    if engine.active is None:
+def model_names(engine: Engine, version: Version | None = None) -> list[str]:
+    """What `model` may name now, of `version` or else of the active one. Raises NotReadyError."""
+    version = version or engine.active
+    if version is None:
         raise NotReadyError("the model is still being loaded")
-    version = engine.active.model.name
-    return list(dict.fromkeys((version, version.partition("@")[0], ALIAS)))
+    name = version.model.name
+    return list(dict.fromkeys((name, name.partition("@")[0], ALIAS)))
 
 
-def check_model(engine: Engine, name: str) -> None:
-    """Refuse what does not serve here: whoever asks for another model must not get this one in silence."""
-    names = model_names(engine)
+def check_model(engine: Engine, name: str, request: Request | None = None) -> None:
+    """Refuse what does not serve `request`: whoever asks for another model must not get this one in silence."""
+    names = model_names(engine, None if request is None else named_version(request, engine))
     if name not in names:
         raise UnknownModelError("model", f"is not served here; use one of {', '.join(names)}")
 

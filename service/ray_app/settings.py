@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from core.errors import ConfigError
-from service.settings import PREFIX, Count, Seconds, Settings, check_environment, explain
+from service.settings import PREFIX, Count, Seconds, Settings, check_environment, check_keys, explain
 
 Target = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -64,6 +64,8 @@ def read_settings(values: Mapping[str, str]) -> RaySettings:
     check_environment([name for name in os.environ if name.upper() not in known])
     try:
         given: dict[str, Any] = dict(values)  # texts, which pydantic parses
-        return RaySettings(**given)
+        settings = RaySettings(**given)
+        check_keys(settings)
+        return settings
     except ValidationError as error:
         raise ConfigError(explain(error)) from None

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def test_prompts_prefilled_in_several_passes_keep_their_order(
     sequences = batch.add(prompts, [GREEDY] * 4)
     drain(batch)
     assert [sequence.token_ids for sequence in sequences] == expected
+
+
+def damaged(generator: Generator) -> Prompt:
+    """A long prompt whose memory embeddings are no numbers."""
+    prompt = prompt_of(generator, 9, blocks=9)
+    return replace(prompt, memory=torch.full_like(prompt.memory, torch.inf))
+
+
+def test_numbers_that_overflow_stay_with_their_sequence(generator: Generator) -> None:
+    long, short = prompt_of(generator, 2, blocks=12), prompt_of(generator, 1)
+    options = GenerationOptions(max_new_tokens=30)
+    for ending in (GenerationOptions(max_new_tokens=1), GREEDY):
+        batch = DecodeBatch(generator, 3, 1000)
+        (steady, _) = batch.add([long, damaged(generator)], [options, ending])
+        for _ in range(ending.max_new_tokens):
+            batch.step()
+        assert batch.live == 1
+        after = batch.add([short, short], [GREEDY, SAMPLED])  # in the slot that was left, beside one longer than it
+        drain(batch)
+        expected = [alone(generator, long, options), alone(generator, short, GREEDY), alone(generator, short, SAMPLED)]
+        assert [each.token_ids for each in (steady, *after)] == [each.token_ids for each in expected]
 
 
 @pytest.mark.parametrize("split", [1, 7])

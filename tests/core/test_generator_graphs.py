@@ -1,5 +1,6 @@
 """The generator on graphs of fixed shapes: the same tokens as without, whatever joins, however padded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def test_the_same_tokens_as_without_graphs(generator: Generator, accelerator: Ac
     assert generate(generator, prompts, options, passes=graphs.passes()) == expected
     assert min(graphs.runs.values()) > 0  # short prompts and long ones, and slots that grew
     assert len({tuple(completion.token_ids) for completion in expected}) > 1
+
+
+def test_numbers_that_overflow_stay_with_their_sequence(llama: Generator) -> None:
+    graphs = compile_generator(llama, EagerAccelerator(), BUCKETS)
+    long, short, damaged = prompt_of(llama, 2, blocks=12), prompt_of(llama, 1), prompt_of(llama, 9, blocks=9)
+    damaged = replace(damaged, memory=torch.full_like(damaged.memory, torch.inf))
+    batch = DecodeBatch(llama, 3, 256, passes=graphs.passes())
+    batch.add([long, damaged], [GenerationOptions(max_new_tokens=30), GenerationOptions(max_new_tokens=2)])
+    batch.step()
+    batch.step()
+    (after,) = batch.add([short], [GREEDY])
+    drain(batch)
+    assert after.token_ids == generate(llama, [short], [GREEDY])[0].token_ids
 
 
 def drain(batch: DecodeBatch) -> None:

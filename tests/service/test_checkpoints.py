@@ -108,6 +108,21 @@ def test_a_version_that_was_only_loaded_is_not_rolled_back_to(four: Path, keep: 
         assert change(client, "rollback").json()["active"] == a
 
 
+def test_the_model_that_a_chat_asks_for_is_that_of_its_header(root: Path) -> None:
+    first, second = version_of(root / "first"), version_of(root / "second")
+    with serve_checkpoint(root / "first") as client:
+        assert change(client, "load", "second").json()["loaded"] == second
+
+        def chat(model: str, **headers: str) -> httpx.Response:
+            body = {"model": model, "messages": [{"role": "user", "content": QUERY}], "documents": PASSAGES}
+            return client.post("/v1/chat/completions", json=body, headers=headers)
+
+        for model in (second, "second", "scaledown"):
+            assert chat(model, **{"X-Checkpoint": second}).json()["model"] == second
+        for refused in (chat(first, **{"X-Checkpoint": second}), chat(second)):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def test_what_was_loaded_is_there_though_nothing_is_kept(root: Path) -> None:
     second = version_of(root / "second")
     with serve_checkpoint(root / "first", keep_checkpoints=0) as client:

@@ -53,6 +53,17 @@ def test_what_is_not_embeddings_is_refused(data: Any, dtype: Dtype, shape: list[
         assert memory.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("held_in", "number", "fits"),
+    [(torch.bfloat16, 3.4e38, 3.3e38), (torch.float16, 65520.0, 65504.0), (torch.float32, 3.5e38, 3.4e38)],
+)
+def test_a_number_that_the_generator_cannot_hold_is_refused(held_in: torch.dtype, number: float, fits: float) -> None:
+    decode_embeddings([[1.0, fits]], "float32", (1, 2), 2, 8, "e", held_in)
+    with pytest.raises(InputError, match=r"e\.data") as caught:
+        decode_embeddings([[1.0, -number]], "float32", (1, 2), 2, 8, "e", held_in)
+    assert str(held_in).removeprefix("torch.") in caught.value.message
+
+
 def compress(client: httpx.Client, **values: Any) -> dict[str, Any]:
     response = client.post("/compress", json={"query": QUERY, "passages": PASSAGES, **values})
     assert response.status_code == 200, response.text

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from core.errors import ConfigError
+from service.__main__ import read_settings
 from service.logs import JsonFormatter
 from service.server import PatientProtocol
 from service.settings import Settings, check_environment
@@ -199,6 +200,14 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SCALEDOWN_MAX_PASAGES", "3")
     with pytest.raises(ConfigError, match="SCALEDOWN_MAX_PASAGES"):
         check_environment()
+
+
+def test_a_clients_key_does_not_leave_the_service_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALEDOWN_API_KEY", KEY)
+    assert read_settings([]).api_keys == ()  # nobody else can reach it
+    with pytest.raises(ConfigError, match="SCALEDOWN_API_KEYS"):
+        read_settings(["--host", "0.0.0.0"])
+    assert read_settings(["--host", "0.0.0.0", "--api-keys", OTHER]).host == "0.0.0.0"
 
 
 def test_a_variable_set_to_nothing_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

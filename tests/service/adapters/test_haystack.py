@@ -44,6 +44,9 @@ def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None
     assert pairs(asyncio.run(ranker.run_async(QUERY, DOCUMENTS))["documents"]) == expected
     assert pairs(ranker.run(QUERY, DOCUMENTS, top_k=2)["documents"]) == expected[:2]
     assert ranker.run(QUERY, [])["documents"] == []
+    picture = Document(id="picture", content=None)
+    assert pairs(ranker.run(QUERY, [picture, *DOCUMENTS])["documents"]) == expected
+    assert ranker.run(QUERY, [picture])["documents"] == []
     between = (expected[0][1] + expected[1][1]) / 2
     choosy = ScaleDownRanker(url=str(client.base_url), min_relevance=between)
     assert pairs(choosy.run(QUERY, DOCUMENTS)["documents"]) == expected[:1]
@@ -60,6 +63,8 @@ def test_a_reply_has_the_answer_and_what_it_cost(client: httpx.Client) -> None:
         assert reply.meta["model"] == expected["checkpoint"]
         assert [each["id"] for each in reply.meta["passages"]] == ["curie", "bread", "moon"]
     assert ours.run(QUERY, [])["replies"] == []
+    beside = ours.run(QUERY, [Document(id="picture", content=" "), *DOCUMENTS])["replies"][0]
+    assert [each["id"] for each in beside.meta["passages"]] == ["curie", "bread", "moon"]
     short = ours.run(QUERY, DOCUMENTS, options={"max_new_tokens": 1})["replies"][0]
     assert short.meta["usage"]["completion_tokens"] == 1
 

@@ -11,7 +11,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from pydantic import SecretStr
 
-from service.adapters.langchain import ChatScaleDown, ScaleDownRerank, ask
+from service.adapters.langchain import ChatScaleDown, ScaleDownRerank, ask, passage_of
 from service.client import AuthenticationError, InvalidRequestError
 from tests.service.calls import QUERY, answer
 from tests.service.conftest import Serve
@@ -49,6 +49,8 @@ def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None
     assert "relevance_score" not in DOCUMENTS[0].metadata, "the caller's own documents stay as they are"
     assert asyncio.run(rerank.acompress_documents(DOCUMENTS, QUERY)) == got
     assert rerank.compress_documents([], QUERY) == []
+    assert rerank.compress_documents([Document(""), *DOCUMENTS], QUERY) == got  # such as a picture's
+    assert rerank.compress_documents([Document("")], QUERY) == []
 
 
 def test_what_is_not_relevant_is_left_out(client: httpx.Client) -> None:
@@ -117,6 +119,11 @@ def test_options_of_the_call_win(client: httpx.Client) -> None:
     assert message.text == answer(client, passages=PASSAGES, max_new_tokens=4)["answer"]
     stop = answer(client, passages=PASSAGES)["answer"][3]
     assert stop not in chat(client).invoke(QUERY, stop=[stop], documents=DOCUMENTS).text
+
+
+def test_of_an_object_what_no_passage_has_is_passed_over() -> None:
+    passage = passage_of({"text": "a", "title": "b", "source": "x.pdf"})
+    assert (passage.text, passage.title) == ("a", "b")
 
 
 def test_what_cannot_be_asked_is_refused_with_the_way_out(client: httpx.Client) -> None:

@@ -100,3 +100,10 @@ def test_nothing_retrieved_is_no_error(client: httpx.Client) -> None:
     nobody = SummaryIndex(nodes=[]).as_retriever()
     assert str(engine(client, retriever=nobody).query(QUERY)) == "Empty Response"
     assert str(asyncio.run(engine(client, retriever=nobody).aquery(QUERY))) == "Empty Response"
+
+
+def test_a_node_without_text_is_left_out(client: httpx.Client) -> None:
+    picture = NodeWithScore(node=TextNode(id_="picture", text=""), score=0.9)
+    ours = ScaleDownRerank(url=str(client.base_url))
+    assert pairs(ours.postprocess_nodes([picture, *FOUND], query_str=QUERY)) == ranking(client)
+    assert ours.postprocess_nodes([picture], query_str=QUERY) == []

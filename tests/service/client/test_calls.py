@@ -5,6 +5,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,8 +26,9 @@ from service.client import (
     Token,
     UnreachableError,
 )
-from service.client.calls import EventReader, answer_call, change_call, ready_call, rerank_call
+from service.client.calls import EventReader, Keys, answer_call, change_call, ready_call, rerank_call
 from service.client.errors import response_error, retry_after
+from service.client.transport import request_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ANSWER: dict[str, Any] = {
@@ -189,6 +191,17 @@ def test_what_is_sent() -> None:
     assert rerank_call("q", ["a"], {}).body == {"query": "q", "passages": ["a"]}
     assert change_call("rollback").body == {"action": "rollback"}
     assert change_call("load", "demo").admin
+
+
+@pytest.mark.parametrize(
+    ("usual", "deadline", "patience"),
+    [(130.0, None, 130.0), (130.0, 60, 130.0), (130.0, 300, 310.0), (None, 300, None), (130.0, "soon", 130.0)],
+)
+def test_a_later_deadline_is_waited_for(usual: float | None, deadline: Any, patience: float | None) -> None:
+    options: Any = {} if deadline is None else {"timeout": deadline}
+    with httpx.Client(timeout=httpx.Timeout(5, read=usual)) as http:
+        request = request_of(http, "http://service", Keys(), answer_call("q", ["p"], options))
+    assert request.extensions["timeout"] == {"connect": 5, "read": patience, "write": 5, "pool": 5}
 
 
 def test_a_response_of_another_kind_is_refused() -> None:
