@@ -11,8 +11,7 @@ from core.base_models import resolve_base_model
 from core.config import Config
 from core.errors import ConfigError, ScaledownError
 from core.manifest import parse_json, read_bounded
-from service.loading import SHIPPED
-from service.settings import Settings
+from service.settings import SHIPPED, Settings
 
 log = logging.getLogger("fetch_base_model")
 
