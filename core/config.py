@@ -39,7 +39,7 @@ class CompressorConfig:
                     a chunk has no more slots than this, all of them are one window
     pointer_lead    the window begins this many tokens before the token that is pointed at
     order           `query_first` (the paper) or `document_first` (a causal compressor can cache the chunk)
-    query_tokens    the query's own budget in compressor tokens; it never eats the chunk's
+    query_tokens    the query's own budget in compressor tokens: it never eats the chunk's, and a longer one is refused
     chunk_tokens    the chunk's budget in generator tokens
     rates           compression rates this checkpoint is trained for; the first is the default
     allocation      `fixed`: chunk_tokens / rate embeddings for each chunk; `proportional`: tokens of the chunk / rate
@@ -53,7 +53,7 @@ class CompressorConfig:
     pointer_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = 8
     pointer_lead: Annotated[int, Field(ge=0, le=MAX_WINDOW)] = 1
     order: Order = "query_first"
-    query_tokens: Positive = 64
+    query_tokens: Positive = 256
     chunk_tokens: Positive = 128
     rates: tuple[Positive, ...] = (16,)
     allocation: Literal["fixed", "proportional"] = "fixed"

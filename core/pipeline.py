@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.errors import InvalidInputError
+from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
 from core.policy import AS_EMBEDDINGS, AS_TEXT, Shown
@@ -87,8 +87,8 @@ class CompressedPassage:
 def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRequest:
     """Tokenise and chunk one request.
 
-    Raises InvalidInputError for an empty query, no passages, an empty passage, or a lone surrogate in any text.
-    A query over the compressor's query budget is read from its end there; the generator always reads all of it.
+    Raises InvalidInputError for an empty query, no passages, an empty passage, or a lone surrogate in any text, and
+    TooLargeError for a query over the compressor's budget for it: half a question gives wrong scores.
     """
     if not query.strip():
         raise InvalidInputError("query", "is empty")
@@ -99,6 +99,10 @@ def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRe
         _require_encodable(f"passages.{index}.title", passage.title)
         _require_encodable(f"passages.{index}.text", passage.text)
     config = model.config.compressor
+    query_ids = encode(model.compressor.tokenizer, query).ids
+    if len(query_ids) > config.query_tokens:
+        message = f"has {len(query_ids)} tokens; the compressor reads at most {config.query_tokens}: ask in fewer words"
+        raise TooLargeError("query", message, config.query_tokens)
     chunks = [
         chunk
         for index, passage in enumerate(passages)
@@ -106,7 +110,6 @@ def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRe
             passage, index, model.generator.tokenizer, model.compressor.tokenizer, config.chunk_tokens
         )
     ]
-    query_ids = encode(model.compressor.tokenizer, query).ids[-config.query_tokens :]
     return PreparedRequest(query, tuple(passages), query_ids, tuple(chunks))
 
 

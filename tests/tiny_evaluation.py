@@ -37,7 +37,7 @@ def make_checkpoint(folder: Path, generator: Path) -> Path:
     """An untrained n_layers compressor on the generator, with a LoRA of random weights, saved to the new `folder`."""
     lora = LoraConfig(r=2, alpha=4, target_modules=("q_proj",))
     config = Config(
-        compressor=CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=16, rates=(4, 8)),
+        compressor=CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=64, rates=(4, 8)),
         generator=GeneratorConfig(base_model=str(generator), lora=lora),
     )
     model = build_model(config)

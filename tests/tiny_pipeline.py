@@ -32,7 +32,7 @@ def tiny_model(
     Shared by all tests that ask for the same: never change one. Zero-initialised weights are made random, so that
     nothing agrees only because it is zero.
     """
-    defaults: dict[str, Any] = {"chunk_tokens": 32, "query_tokens": 16, "rates": (4, 8), "pointer_window": 4}
+    defaults: dict[str, Any] = {"chunk_tokens": 32, "query_tokens": 64, "rates": (4, 8), "pointer_window": 4}
     if encoder is None:
         defaults |= {"n_layers": 2}
     else:

@@ -41,7 +41,7 @@ def make_rows(count: int = 12) -> list[Row]:
 
 def settings(generator: Path, encoder: Path | None = None, **changes: dict[str, Any]) -> dict[str, Any]:
     """A whole run's settings as YAML holds them; `changes` go group by group on top."""
-    compressor: dict[str, Any] = {"chunk_tokens": 32, "query_tokens": 16, "rates": [8, 4], "pointer_window": 4}
+    compressor: dict[str, Any] = {"chunk_tokens": 32, "query_tokens": 64, "rates": [8, 4], "pointer_window": 4}
     if encoder is None:
         compressor |= {"n_layers": 2}
     else:

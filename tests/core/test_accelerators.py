@@ -184,7 +184,7 @@ def test_the_compressor_itself_stays_as_it_is(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("name", ["eager", "jit", "neuron"])
 def test_a_swap_of_weights_compiles_nothing(tiny_llama: Path, name: str) -> None:
     config = Config(
-        compressor=CompressorConfig(n_layers=1, chunk_tokens=32, query_tokens=16, rates=(8,)),
+        compressor=CompressorConfig(n_layers=1, chunk_tokens=32, query_tokens=64, rates=(8,)),
         generator=GeneratorConfig(base_model=str(tiny_llama)),
     )
     model, other = build_model(config, seed=1), build_model(config, seed=2)
@@ -220,7 +220,7 @@ def test_a_bucket_too_short_for_any_row_is_refused(tiny_llama: Path) -> None:
 
 def test_real_layers_traced_give_the_same(smollm2: Path) -> None:
     config = Config(
-        compressor=CompressorConfig(n_layers=2, readout="pointer", chunk_tokens=32, query_tokens=16, rates=(8,)),
+        compressor=CompressorConfig(n_layers=2, readout="pointer", chunk_tokens=32, query_tokens=64, rates=(8,)),
         generator=GeneratorConfig(base_model="smollm2-135m"),
     )
     model = build_model(config, seed=3)

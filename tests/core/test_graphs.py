@@ -27,7 +27,7 @@ from tests.tiny_pipeline import PASSAGES, QUERY
 
 def build(generator: Path, seed: int = 1, layers: int = 1) -> Model:
     config = Config(
-        compressor=CompressorConfig(n_layers=layers, chunk_tokens=32, query_tokens=16, rates=(8,)),
+        compressor=CompressorConfig(n_layers=layers, chunk_tokens=32, query_tokens=64, rates=(8,)),
         generator=GeneratorConfig(base_model=str(generator)),
     )
     return build_model(config, seed=seed)

@@ -65,7 +65,7 @@ def test_a_packed_compressor_computes_the_same(
 ) -> None:
     encoder = {"bert": tiny_bert, "modernbert": tiny_modernbert}.get(kind)
     chosen = {"kind": "encoder", "base_model": str(encoder)} if encoder else {"n_layers": 2}
-    compressor = CompressorConfig(chunk_tokens=32, query_tokens=16, rates=(4,), **chosen)
+    compressor = CompressorConfig(chunk_tokens=32, query_tokens=64, rates=(4,), **chosen)
     config = Config(compressor=compressor, generator=GeneratorConfig(base_model=str(tiny_llama)))
     model = build_model(config, dtype=BF16, seed=7)
     request = prepare(model, QUERY, PASSAGES)

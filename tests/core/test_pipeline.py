@@ -75,11 +75,14 @@ def test_a_rate_without_training_is_refused(model: Model, rate: int) -> None:
         rows_of(model, prepare(model, QUERY, PASSAGES), rate)
 
 
-def test_a_long_query_is_read_from_its_end_and_takes_nothing_from_the_chunk(model: Model) -> None:
-    query = "the " * 100 + QUERY
+def test_a_long_query_takes_nothing_from_the_chunk_and_one_over_its_budget_is_refused(model: Model) -> None:
+    most = model.config.compressor.query_tokens
+    query = " the" * most
     request = prepare(model, query, [LONG])
-    assert request.query_ids == encode(model.compressor.tokenizer, query).ids[-16:]
+    assert request.query_ids == encode(model.compressor.tokenizer, query).ids
     assert request.chunks == prepare(model, "a", [LONG]).chunks
+    with pytest.raises(TooLargeError, match=rf"query: has {most + 1} tokens; the compressor reads at most {most}"):
+        prepare(model, query + " the", [LONG])
 
 
 @pytest.mark.parametrize(
@@ -238,11 +241,12 @@ def test_an_answer_that_leaves_the_prompt_no_room_is_refused(model: Model) -> No
 
 @pytest.mark.parametrize("mode", ["text", "compressed", "auto"])
 def test_a_query_that_leaves_no_room_is_refused_by_its_name(model: Model, mode: Any) -> None:
-    query, positions = "the " * 9000, model.generator.max_tokens
+    positions = model.generator.max_tokens
+    wide = replace(model, config=replace(model.config, compressor=replace(model.config.compressor, query_tokens=9999)))
     with pytest.raises(TooLargeError, match=rf"query: the prompt takes \d+ tokens .*; at most {positions - 1} fit"):
-        answer(model, query, PASSAGES, mode)
-    request = prepare(model, query, PASSAGES[:1])
-    assert plan_request(model, request, Policy()).read == {0}  # to compress or to rank, its end is enough
+        answer(wide, "the " * 9000, PASSAGES, mode)
+    request = prepare(wide, "the " * 9000, PASSAGES[:1])
+    assert plan_request(wide, request, Policy()).read == {0}  # to compress or to rank, there is room
 
 
 @pytest.mark.parametrize(

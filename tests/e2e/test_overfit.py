@@ -14,7 +14,7 @@ from training.data_format import Row, RowPassage, write_rows
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 SHARED = [  # short rows and a short prompt; four tokens an embedding, so that what is to be learned is there to be read
     "model.compressor.chunk_tokens=32",
-    "model.compressor.query_tokens=16",
+    "model.compressor.query_tokens=64",
     "model.compressor.rates=[4]",
     "model.compressor.allocation=proportional",
     "model.prompt.system=Answer briefly.",

@@ -164,7 +164,7 @@ def test_sliding_windows_are_the_base_models(folders: dict[str, Path], special: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = AutoModel.from_config(special).eval()
-    settings = CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=16, rates=(4, 8), allocation="proportional")
+    settings = CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=64, rates=(4, 8), allocation="proportional")
     compressor = NLayersCompressor(settings, special, load_tokenizer(folders["llama"]), 64).eval()
     compressor.backbone.load_state_dict(first_layers_state(base, 2))
     batch, hidden, spelled = hidden_with_identity_slots(model, compressor)

@@ -39,7 +39,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> Model:
     config = Config(
-        compressor=CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=16, rates=(4, 8)),
+        compressor=CompressorConfig(n_layers=2, chunk_tokens=32, query_tokens=64, rates=(4, 8)),
         generator=GeneratorConfig(base_model=str(tiny_llama)),
     )
     return build_model(config, seed=3)
