@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, field in Settings.model_fields.items():
         if name not in SECRETS:
             text = (field.description or "").replace("%", "%%")
-            default = "" if field.default is None else f" (default: {field.default})"
+            default = "" if field.default in (None, ()) else f" (default: {field.default})"
             parser.add_argument(
                 f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE", help=text + default
             )

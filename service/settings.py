@@ -16,6 +16,8 @@ SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ServedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", max_length=128)]
+EarlierMessages = Literal["refuse", "ignore", "prepend"]
 
 
 class Settings(BaseSettings):
@@ -101,6 +103,18 @@ class Settings(BaseSettings):
     timeout_seconds: Seconds = Field(default=120, description="deadline of a request that names none")
     max_timeout_seconds: Seconds = Field(default=600, description="longest deadline a caller may ask for")
 
+    served_model_names: Annotated[tuple[ServedName, ...], NoDecode] = Field(
+        default=(),
+        max_length=16,
+        description="comma-separated further names by which `model` of an OpenAI request may name the checkpoint that "
+        "serves, such as gpt-4o-mini",
+    )
+    earlier_messages: EarlierMessages = Field(
+        default="refuse",
+        description="what a chat that does not say has done with system messages and earlier turns: refuse (the "
+        "request), ignore, or prepend (to the question, as text)",
+    )
+
     max_requests: Count = Field(default=256, description="requests in the service at one time")
     max_tokens_in_flight: Count = Field(default=262_144, description="tokens of all admitted requests together")
     overload_status: Literal[429, 503] = Field(default=429, description="status of a request there is no room for")
@@ -169,10 +183,10 @@ class Settings(BaseSettings):
         """Whether the generator is here, to run on the graphs that a checkpoint may have of it."""
         return not self.generator_url
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "served_model_names", mode="before")
     @classmethod
-    def _split_keys(cls, value: Any) -> Any:
-        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("api_keys", "admin_key")
     @classmethod

@@ -38,7 +38,7 @@ router = APIRouter(
 async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer the last user message from `documents`, or from what `tool` and `context` messages hold."""
     check_model(engine, body.model, request)
-    query, passages = chat_question(body)
+    query, passages = chat_question(body, engine.settings.earlier_messages)
     return await serve_answer(
         request, engine, answer_request(query, passages, body.options()), ChatFormat(body.usage_wanted)
     )
@@ -54,11 +54,11 @@ async def complete(body: CompletionRequest, request: Request, engine: ThisEngine
 
 @router.get("/v1/models")
 async def list_models(engine: ThisEngine) -> ModelList:
-    """The checkpoint that serves, by its version, its folder, and the alias that is always good."""
+    """The checkpoint that serves, by its version, its folder, the alias that is always good, and the set names."""
     return ModelList(data=[model_card(engine, name) for name in model_names(engine)])
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model:path}")  # names may hold slashes
 async def get_model(model: str, engine: ThisEngine) -> ModelCard:
     """One of them."""
     check_model(engine, model)
@@ -77,14 +77,15 @@ def model_names(engine: Engine, version: Version | None = None) -> list[str]:
     if version is None:
         raise NotReadyError("the model is still being loaded")
     name = version.model.name
-    return list(dict.fromkeys((name, name.partition("@")[0], ALIAS)))
+    return list(dict.fromkeys((name, name.partition("@")[0], ALIAS, *engine.settings.served_model_names)))
 
 
 def check_model(engine: Engine, name: str, request: Request | None = None) -> None:
     """Refuse what does not serve `request`: whoever asks for another model must not get this one in silence."""
     names = model_names(engine, None if request is None else named_version(request, engine))
     if name not in names:
-        raise UnknownModelError("model", f"is not served here; use one of {', '.join(names)}")
+        message = f"is not served here; use one of {', '.join(names)}, or have it added to served_model_names"
+        raise UnknownModelError("model", message)
 
 
 def answer_request(query: str, passages: list[PassageIn], options: dict[str, Any]) -> AnswerRequest:

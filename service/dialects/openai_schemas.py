@@ -24,6 +24,7 @@ from service.schemas import (
     Text,
     Timeout,
 )
+from service.settings import EarlierMessages
 
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
 ALIAS = "scaledown"
@@ -122,7 +123,7 @@ class Generation(Strict):
     """What chat and completions have in common, and the service's own options. Unset: the service's defaults."""
 
     model: Annotated[str, Field(max_length=512)] = Field(
-        examples=[ALIAS], description=f"the checkpoint's version or folder, as /v1/models lists them, or `{ALIAS}`"
+        examples=[ALIAS], description=f"a name that /v1/models lists; `{ALIAS}` is always one"
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100), Finite] | None = None
@@ -170,10 +171,10 @@ class ChatRequest(Generation):
         examples=[[{"role": "user", "content": QUERY}]]
     )
     documents: Documents | None = Field(default=None, examples=[[TEXT, {"title": "Butter", "text": "Melts at 32 °C."}]])
-    earlier_messages: Literal["refuse", "ignore", "prepend"] = Field(
-        default="refuse",
+    earlier_messages: EarlierMessages | None = Field(
+        default=None,
         description="system messages and earlier turns, which no checkpoint is trained on: refuse the request, leave "
-        "them out, or put them before the question as text",
+        "them out, or put them before the question as text; unset: as the service is set, refuse if nothing is said",
     )
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 

@@ -2,7 +2,8 @@
 
 The last user message is the question. Documents come in `documents`, in `context` messages, and in the `tool` messages
 that follow the question: what an agent retrieved for it. A checkpoint is trained on single questions under a system
-prompt of its own, so everything before the question is refused, unless the caller says what to do with it.
+prompt of its own, so everything before the question is refused, unless the caller or the operator says what to do
+with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from core.errors import InvalidInputError
 from service.dialects.openai_schemas import ChatMessage, ChatRequest, Document
 from service.schemas import PassageIn
+from service.settings import EarlierMessages
 
 RETRIEVED = ("tool", "function")
 SPEAKERS = ("user", "assistant")
 
 
-def chat_question(body: ChatRequest) -> tuple[str, list[PassageIn]]:
-    """The question and the passages of a chat. Raises InvalidInputError."""
+def chat_question(body: ChatRequest, default: EarlierMessages) -> tuple[str, list[PassageIn]]:
+    """The question and the passages; `default` holds where no `earlier_messages` is given. Raises InvalidInputError."""
     asked = max((i for i, message in enumerate(body.messages) if message.role == "user"), default=None)
     if asked is None:
         raise InvalidInputError("messages", "hold no message of the user")
@@ -25,13 +27,14 @@ def chat_question(body: ChatRequest) -> tuple[str, list[PassageIn]]:
     if not query:
         raise InvalidInputError(f"messages.{asked}.content", "is empty")
     earlier = [(i, m) for i, m in enumerate(body.messages[:asked]) if m.role != "context" and m.texts]
-    if earlier and body.earlier_messages == "refuse":
+    treatment = body.earlier_messages or default
+    if earlier and treatment == "refuse":
         raise InvalidInputError(
             f"messages.{earlier[0][0]}",
             "only the last user message is read, as the question: leave out what comes before it, or set "
-            "earlier_messages to ignore or prepend",
+            "earlier_messages to ignore or prepend, in the request or for the service",
         )
-    if body.earlier_messages == "prepend":
+    if treatment == "prepend":
         query = "\n".join([*(_quoted(m) for _, m in earlier if m.role not in RETRIEVED), query])
     passages = [*passages_of(body.documents or ()), *_retrieved(body.messages, asked)]
     if not passages:

@@ -182,6 +182,10 @@ def test_settings_hide_their_secrets() -> None:
         ({"max_passages": 0}, "max_passages"),
         ({"overload_status": 500}, "overload_status"),
         ({"device": "tpu"}, "device"),
+        ({"earlier_messages": "drop"}, "earlier_messages"),
+        ({"served_model_names": "gpt 4"}, "served_model_names"),
+        ({"served_model_names": "x" * 129}, "served_model_names"),
+        ({"served_model_names": ",".join(f"model-{i}" for i in range(17))}, "served_model_names"),
         ({"timeout_seconds": float("inf")}, "timeout_seconds"),
     ],
 )
@@ -194,8 +198,10 @@ def test_wrong_settings_are_refused_by_name(values: dict[str, object], field: st
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALEDOWN_PORT", "9000")
     monkeypatch.setenv("SCALEDOWN_API_KEYS", f"{KEY}, {OTHER}")
+    monkeypatch.setenv("SCALEDOWN_SERVED_MODEL_NAMES", "gpt-4o-mini, org/name")
     assert Settings().port == 9000
     assert [key.get_secret_value() for key in Settings().api_keys] == [KEY, OTHER]
+    assert Settings().served_model_names == ("gpt-4o-mini", "org/name")
     check_environment()
     monkeypatch.setenv("SCALEDOWN_MAX_PASAGES", "3")
     with pytest.raises(ConfigError, match="SCALEDOWN_MAX_PASAGES"):

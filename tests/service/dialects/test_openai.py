@@ -204,6 +204,25 @@ def test_models(ai: openai.OpenAI, client: httpx.Client) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
+def test_an_existing_chain_is_served_once_the_service_is_set_for_it(serve: Serve) -> None:
+    messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": "Be brief."}, *ASK]
+    names = "gpt-4o-mini, meta-llama/Llama-3.1-8B"
+    with serve(served_model_names=names, earlier_messages="ignore") as client, sdk(client) as ai:
+        listed = [model.id for model in ai.models.list()]
+        assert listed == ["untrained", "scaledown", "gpt-4o-mini", "meta-llama/Llama-3.1-8B"]
+        assert [ai.models.retrieve(name).id for name in listed] == listed
+        for name in listed[2:]:
+            got = ai.chat.completions.create(
+                model=name, messages=messages, max_tokens=8, extra_body={"documents": PASSAGES}
+            )
+            assert got.model == "untrained"
+            assert got.choices[0].message.content == answer(client)["answer"]
+        with pytest.raises(openai.NotFoundError, match="use one of untrained, scaledown, gpt-4o-mini"):
+            ai.chat.completions.create(model="gpt-5", messages=ASK, extra_body={"documents": PASSAGES})
+        with pytest.raises(openai.BadRequestError, match="earlier_messages"):
+            chat(ai, messages, earlier_messages="refuse")  # a request that says what it wants gets that
+
+
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [
