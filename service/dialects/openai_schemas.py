@@ -1,7 +1,8 @@
 """Requests of OpenAI's chat and completions, with retrieved documents. Knows no HTTP.
 
 What would change the answer and is not supported is refused by its type (`n: 2`, `logprobs: true`); what would not
-(`user`, `reasoning_effort`) is accepted. What nobody knows is refused: a misspelt option must not pass in silence.
+(`user`, `reasoning_effort`) is accepted, and so are `tools`, which agents send always and a model may leave uncalled;
+a call that is required is refused. What nobody knows is refused: a misspelt option must not pass in silence.
 """
 
 from typing import Annotated, Any, Literal
@@ -182,7 +183,7 @@ class ChatRequest(Generation):
     top_logprobs: Literal[0] | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
-    tools: Any = Field(default=None, description="accepted; the model never calls one")
+    tools: Any = Field(default=None, description="accepted; the model never calls one, and requiring a call is refused")
     tool_choice: Literal["none", "auto"] | None = None
     functions: Any = Field(default=None, description="older name of tools")
     function_call: Literal["none", "auto"] | None = None
