@@ -26,7 +26,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "seed": {"type": int, "help": "makes sampling repeatable"},
     "stop": {"action": "append", "help": "the answer ends before this text; may be repeated"},
     "explain": EXPLAIN,
-    "timeout": {"type": float, "help": "deadline in seconds"},
+    "timeout": {"type": float, "help": "deadline in the service, in seconds; its answer is waited for 10 s longer"},
     "dtype": {"choices": ("float32", "float16"), "help": "number format of the embeddings"},
     "store": {"action": "store_true", "help": "also keep the embeddings in the service, by an id"},
     "top_n": {"type": int, "help": "only the best so many"},

@@ -30,7 +30,7 @@ T = TypeVar("T")
 class AsyncClient:
     """A service at one address, from one event loop. Use it in an `async with`, or await `close`.
 
-    timeout     seconds of silence on the connection before the request is given up
+    timeout     seconds of silence on the connection before a request is given up, unless its deadline is later
     http        an httpx client of your own (proxies, certificates); it is closed with this one
 
     UnreachableError is raised for a `base_url` that is none. Every method raises ServiceError: see `errors.py`.

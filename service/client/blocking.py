@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Client:
     """A service at one address. Use it in a `with`, or `close` it. Safe to share between threads.
 
-    timeout     seconds of silence on the connection before the request is given up
+    timeout     seconds of silence on the connection before a request is given up, unless its deadline is later
     http        an httpx client of your own (proxies, certificates); it is closed with this one
 
     UnreachableError is raised for a `base_url` that is none. Every method raises ServiceError: see `errors.py`.

@@ -25,7 +25,7 @@ class Connection:
     url        SCALEDOWN_URL, or else port 8000 of this machine
     api_key    SCALEDOWN_API_KEY, or else none
     admin_key  SCALEDOWN_ADMIN_KEY, or else none
-    timeout    seconds of silence after which a request is given up
+    timeout    seconds of silence after which a request is given up, unless its deadline is later
     """
 
     url: str | None = None
