@@ -123,9 +123,10 @@ class Lane:
                 job.end(Finished())
                 return
             new_tokens = job.plan.options.max_new_tokens
-            choices = choose_modes(self.model, job.request, passages, job.plan.policy, new_tokens)
+            policy = job.plan.policy
+            choices = choose_modes(self.model, job.request, passages, policy, new_tokens)
             prompt = build_prompt(self.model, job.request, passages, [choice.mode for choice in choices])
-            check_prompt(prompt.tokens, new_tokens, self.model, job.request.query)
+            check_prompt(prompt.tokens, new_tokens, self.model, job.request.query, policy.mode)
         except Exception as error:
             self._fail(job, shown(error, job))
             return

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
+from core.policy import RequestMode
 from service.admission import CHARS_PER_TOKEN
 from service.schemas import AnswerPassage, AnswerRequest, CompressRequest, PassageIn, RerankRequest
 from service.settings import Settings
@@ -46,16 +47,19 @@ def check_rate(rate: int | None, model: Model) -> None:
         raise InvalidInputError("rate", f"must be one of {', '.join(map(str, rates))}")
 
 
-def check_prompt(prompt_tokens: int, max_new_tokens: int, model: Model, query: str) -> None:
-    """Refuse a prompt that leaves no room for its answer; it is the answer that is too long if no passage has room."""
+def check_prompt(prompt_tokens: int, max_new_tokens: int, model: Model, query: str, mode: RequestMode) -> None:
+    """Refuse a prompt that leaves no room for its answer; it is the answer that is too long if no passage has room.
+
+    `mode` is the one that made the prompt so long; the message names those that may make a shorter one.
+    """
     limit = model.generator.max_tokens
-    if prompt_tokens + max_new_tokens > limit:
-        around = model.template.frame(query, 0)[0]
-        raise TooLargeError(
-            "max_new_tokens" if around + max_new_tokens > limit else "passages",
-            f"the prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} are over the limit of {limit}",
-            limit,
-        )
+    if prompt_tokens + max_new_tokens <= limit:
+        return
+    over = f"the prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens} are over the generator's {limit}"
+    if model.template.frame(query, 0)[0] + max_new_tokens > limit:
+        raise TooLargeError("max_new_tokens", f"{over} positions: ask for fewer new tokens", limit)
+    shorter = "auto" if mode == "compressed" else "compressed or auto"
+    raise TooLargeError("passages", f"{over} positions: send less, use mode {shorter}, or set max_prompt_tokens", limit)
 
 
 def passage_chars(passage: AnyPassage) -> int:

@@ -91,7 +91,7 @@ class Session:
         if isinstance(body, AnswerRequest):
             self.text_tokens = self.prepared.text_prompt_tokens(model)
             if policy.mode == "text" and policy.max_prompt_tokens is None and not policy.min_relevance:
-                check_prompt(self.text_tokens, body.max_new_tokens, model, body.query)
+                check_prompt(self.text_tokens, body.max_new_tokens, model, body.query, policy.mode)
         self.engine.caches.fetch(model, self.prepared.rows)
 
     async def next_event(self) -> JobEvent:

@@ -143,10 +143,13 @@ def test_control_tokens_in_a_passage_stay_text(client: httpx.Client) -> None:
     assert spelled > plain - 3  # several pieces, not one control token
 
 
-def test_a_prompt_that_cannot_fit_is_refused(client: httpx.Client) -> None:
-    response = client.post("/answer", json={"query": QUERY, "passages": ["word " * 9000], "mode": "text"})
+@pytest.mark.parametrize("mode", ["text", "hybrid"])
+def test_a_prompt_that_cannot_fit_is_refused_with_the_ways_out(client: httpx.Client, mode: Mode) -> None:
+    response = client.post("/answer", json={"query": QUERY, "passages": ["word " * 9000], "mode": mode})
     assert response.status_code == 413
     assert (error(response)["field"], error(response)["limit"]) == ("passages", 8192)
+    ways = "the generator's 8192 positions: send less, use mode compressed or auto, or set max_prompt_tokens"
+    assert error(response)["message"].endswith(ways)
 
 
 @pytest.mark.parametrize("mode", ["text", "compressed"])
