@@ -17,6 +17,7 @@ from core.errors import (
     TooLargeError,
 )
 from service.logs import current_request_id
+from service.unknown_fields import sent_for, shown
 
 
 class DeadlineError(CancelledError):
@@ -204,31 +205,35 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> dict[str
     context = first.get("ctx") or {}
     if first["type"] == "json_invalid":
         return error_body("invalid_json", f"the body is not JSON: {context.get('error', 'malformed')}", "body")
-    field = _field(first, body)
-    return error_body("invalid_input", f"{field}: {_in_our_words(first, context)}", field, context.get("max_length"))
+    place, inside = _place(first, body)
+    if first["type"] in ("missing", "unknown_field"):
+        place.append(context.get("name") or str(first["loc"][-1]))
+    field = ".".join(place) or "body"
+    message = f"{field}: {_in_our_words(first, context, inside)}"
+    return error_body("invalid_input", message, field, context.get("max_length"))
 
 
-def _field(problem: Mapping[str, Any], body: Any) -> str:
-    """Where it is, by the names and indices of the body itself: pydantic also names the branches of its unions."""
+def _place(problem: Mapping[str, Any], body: Any) -> tuple[list[str], Any]:
+    """Where it is, by the names and indices of the body itself, and what is there.
+
+    Pydantic also names the branches of its unions, which are passed over.
+    """
     place, inside = [], body
     for part in problem["loc"][1:]:
         parts = inside if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()
         if part in parts:
             inside = inside[part]
-            place.append(str(part))
-    if problem["type"] == "missing":
-        place.append(str(problem["loc"][-1]))
-    return ".".join(place) or "body"
+            place.append(shown(str(part)))
+    return place, inside
 
 
-def _in_our_words(problem: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+def _in_our_words(problem: Mapping[str, Any], context: Mapping[str, Any], inside: Any) -> str:
     unit = "characters" if isinstance(problem.get("input"), str) else "items"
     or_text = "a text or " if problem["loc"][-1] == OTHER_THAN_TEXT else ""
     match problem["type"]:
-        case "extra_forbidden":
-            return "unknown field"
         case "missing":
-            return "is required"
+            sent = sent_for(str(problem["loc"][-1]), inside) if isinstance(inside, dict) else None
+            return "is required" if sent is None else f"is required; {sent} is not read"
         case "too_short" | "string_too_short":
             return f"has too few {unit}: give at least {context['min_length']}"
         case "too_long" | "string_too_long":

@@ -3,12 +3,14 @@
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.policy import Policy, RequestMode
 from service.embedding_store import query_sha256
 from service.embeddings_codec import Dtype, Encoding
 from service.errors import OTHER_THAN_TEXT
 from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance
+from service.unknown_fields import UNKNOWN, meant_by, shown
 
 
 def _check_text(text: str) -> str:
@@ -45,12 +47,15 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_one_unknown(cls, value: Any) -> Any:
-        """Of many unknown fields one is enough to refuse: an error for each of a million would take minutes."""
-        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+    def _refuse_unknown(cls, value: Any) -> Any:
+        """Before anything else, since it is often why a field is missing. One: of a million it would take minutes."""
+        names = value if isinstance(value, dict) else ()
+        unknown = next((name for name in names if name not in cls.model_fields), None)
+        if unknown is None:
             return value
-        unknown = next(name for name in value if name not in cls.model_fields)
-        return {name: value[name] for name in (*cls.model_fields, unknown) if name in value}
+        meant = meant_by(unknown, cls.model_fields)
+        hint = "" if meant is None else f"; did you mean {meant}?"
+        raise PydanticCustomError("unknown_field", "{message}", {"message": UNKNOWN + hint, "name": shown(unknown)})
 
 
 class PassageIn(Strict):

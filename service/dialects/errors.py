@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import error_response
+from service.unknown_fields import UNKNOWN
 
 Detail = Mapping[str, Any]
 
@@ -158,9 +159,9 @@ def _dialect_of(scope: Scope) -> Dialect | None:
 
 
 def _renamed(detail: Detail, fields: Mapping[str, str]) -> Detail:
-    """`detail` with its field by the dialect's name, in the message too."""
+    """`detail` with its field by the dialect's name, in the message too; an unknown one stays as the caller sent it."""
     old = detail["field"]
-    if old is None or old.partition(".")[0] not in fields:
+    if old is None or old.partition(".")[0] not in fields or detail["message"].startswith(f"{old}: {UNKNOWN}"):
         return detail
     head, dot, rest = old.partition(".")
     new = fields[head] + dot + rest
