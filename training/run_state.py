@@ -25,7 +25,7 @@ from core.config import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.manifest import MANIFEST, read_version, sha256_of
 from core.model import Model
-from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
+from training.adapters import adapted_names, adapter_state, compressor_state, load_adapter, whole_copy
 from training.config import TrainConfig
 from training.runtime import Runtime
 
@@ -63,7 +63,9 @@ def run_settings(config: TrainConfig, model: Model, runtime: Runtime) -> dict[st
     `resolved` has, by their dotted keys, what other names stand for here: the sha256 of weights, and the precision. Not
     how many processes there are: only which values dropout sets to 0 depends on that.
     """
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.config)}
+    if config.optimizer.compressor_lora:
+        values["optimizer"]["compressor_lora"]["target_modules"] = adapted_names(model.compressor)
     for name in (*LENGTH, *REPORTS, *MEMORY):
         del values["loop"][name]
     for name in ("train", "dev"):
@@ -103,7 +105,9 @@ def changed_settings(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def differing(one: Any, other: Any, name: str = "") -> list[str]:
     """The dotted keys in which two trees of settings differ."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [name]
+        lists = name.endswith(".target_modules") and isinstance(one, list) and isinstance(other, list)
+        same = sorted(one) == sorted(other) if lists else one == other  # the order in which layers are named is none
+        return [] if same else [name]
     keys = sorted(one.keys() | other.keys())
     return [at for key in keys for at in differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)]
 

@@ -31,8 +31,8 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
         for backbone in (model.generator.model, model.compressor.backbone):
             use_matrix_attention(backbone)
     model.generator.requires_grad_(False)
-    wanted, seed = config.model.generator.lora, config.loop.seed
-    lora = add_lora(model.generator.model, wanted, seed) if wanted else []
+    wanted, seed = model.config.generator.lora, config.loop.seed
+    lora = add_lora(model.generator.model, wanted, seed, "model.generator.lora") if wanted else []
     if config.start:
         start_from(model, Path(config.start), adapter=not config.start_adapter)
     if config.start_adapter:
@@ -54,7 +54,7 @@ def _parameter_groups(model: Model, lora: list[nn.Parameter], config: TrainConfi
     optimizer = config.optimizer
     backbone = model.compressor.backbone
     if optimizer.compressor_lora:
-        add_lora(backbone, optimizer.compressor_lora, config.loop.seed)
+        add_lora(backbone, optimizer.compressor_lora, config.loop.seed, "optimizer.compressor_lora")
     elif not optimizer.train_embeddings:
         backbone.get_input_embeddings().requires_grad_(False)
     inside = set(backbone.parameters())
