@@ -153,18 +153,22 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Set the adapters of `module` from `adapter_state`'s form. Raises CheckpointError unless every key fits."""
+def load_adapter(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Set the adapters of `module` from `adapter_state`'s form. Raises ConfigError, which names `source`."""
     own = {
         ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): parameter
         for name, parameter in module.named_parameters()
         if LORA_NAME.search(name)
     }
     if own.keys() != tensors.keys():
-        raise CheckpointError("the adapter to start from has other layers than model.generator.lora asks for")
+        theirs, asked = (", ".join(last_names(name.split(".lora_")[0] for name in each)) for each in (tensors, own))
+        raise ConfigError(
+            f"{source}: its adapter is on other layers ({theirs}) than model.generator.lora.target_modules "
+            f"asks for ({asked})"
+        )
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
-            raise CheckpointError(f"the adapter to start from has another rank at {name}")
+            raise ConfigError(f"{source}: its adapter has another rank than model.generator.lora.r at {name}")
         parameter.copy_(tensors[name])
 
 

@@ -12,8 +12,8 @@ from core.model import Model, build_model
 from training.adapters import add_lora
 from training.attention import use_matrix_attention
 from training.config import OptimizerConfig, TrainConfig
-from training.run_state import start_adapter_from, start_from
 from training.runtime import Runtime
+from training.start import start_adapter_from, start_from
 
 
 def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dict[str, Any]], dict[nn.Parameter, str]]:
@@ -34,7 +34,7 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
     wanted, seed = model.config.generator.lora, config.loop.seed
     lora = add_lora(model.generator.model, wanted, seed, "model.generator.lora") if wanted else []
     if config.start:
-        start_from(model, Path(config.start), adapter=not config.start_adapter)
+        start_from(model, Path(config.start), adapter=not config.start_adapter, say=runtime.rank == 0)
     if config.start_adapter:
         start_adapter_from(model, Path(config.start_adapter))
     groups = _parameter_groups(model, lora, config)
