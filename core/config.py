@@ -81,12 +81,16 @@ class CompressorConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoraConfig:
-    """Low-rank adapters on the generator's linear layers (OSCAR table 8: r 16, alpha 32, dropout 0.1)."""
+    """Low-rank adapters on the generator's linear layers (OSCAR table 8: r 16, alpha 32, dropout 0.1).
+
+    target_modules  last names of the layers' paths; null: all linear layers but the head. What a run saves, and a
+                    checkpoint, names them
+    """
 
     r: Positive = 16
     alpha: Positive = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -3,7 +3,8 @@
 Also merges low-rank adapters into its weights (LoRA, arXiv 2106.09685, eq. 3), so that serving needs no peft.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -137,13 +138,13 @@ def merge_lora(model: nn.Module, tensors: Mapping[str, Tensor], lora: LoraConfig
     """Add adapters in peft's naming into `model`'s weights: `W += alpha / r * B @ A`, computed in float32.
 
     tensors  `base_model.model.<module>.lora_A.weight` (r, in) and `...lora_B.weight` (out, r), for every linear
-             layer that `lora.target_modules` names
+             layer that `lora` adapts
 
     Raises CheckpointError, before any weight is changed, for a key that is missing, unknown, of the wrong shape or
     not finite.
     """
     _check_adapter(tensors, adapter_shapes(model, lora))
-    for name, layer in _target_layers(model, lora).items():
+    for name, layer in target_layers(model, lora).items():
         down, up = (tensors[f"{ADAPTER_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
         delta = up.to(layer.weight.device, torch.float32) @ down.to(layer.weight.device, torch.float32)
         layer.weight.copy_(layer.weight.float() + lora.alpha / lora.r * delta)
@@ -153,20 +154,39 @@ def adapter_shapes(model: nn.Module, lora: LoraConfig) -> dict[str, tuple[int, .
     """Names, as peft has them, and shapes of the tensors that an adapter of `model` has."""
     return {
         f"{ADAPTER_PREFIX}{name}.lora_{side}.weight": shape
-        for name, layer in _target_layers(model, lora).items()
+        for name, layer in target_layers(model, lora).items()
         for side, shape in (("A", (lora.r, layer.in_features)), ("B", (layer.out_features, lora.r)))
     }
 
 
-def _target_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
-    targets = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.target_modules
-    }
+def target_layers(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Linear]:
+    """The layers of `model` that `lora` adapts, by path. Raises CheckpointError where there are none."""
+    names = name_targets(model, lora).target_modules or ()
+    layers = linear_layers(model)
+    targets = {path: layer for path, layer in layers.items() if path.rpartition(".")[2] in names}
     if not targets:
-        raise CheckpointError(f"the generator has no linear layer named {', '.join(lora.target_modules)}")
+        asked = f"named {', '.join(names)}" if names else "to adapt: none is named, or there is none but the head"
+        raise CheckpointError(f"the generator has no linear layer {asked}")
     return targets
+
+
+def name_targets(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """`lora` with the layers named that it adapts: in place of null, all linear layers of `model` but the head."""
+    if lora.target_modules is not None:
+        return lora
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    inner = {path: layer for path, layer in linear_layers(model).items() if layer is not head}
+    return replace(lora, target_modules=tuple(last_names(inner)))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linear layers by path; not what only acts as one, such as experts fused into one tensor, or Conv1D."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def last_names(paths: Iterable[str]) -> list[str]:
+    """The last names of modules' paths, as `target_modules` has them: sorted, each once."""
+    return sorted({path.rpartition(".")[2] for path in paths})
 
 
 def _check_adapter(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

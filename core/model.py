@@ -1,7 +1,7 @@
 """A loaded model: generator, compressor and the config that made them. Knows nothing about checkpoint folders."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from core.config import Config
 from core.decode_passes import DecodePasses
 from core.document_cache import DocumentCache
 from core.errors import ConfigError
-from core.generator import Generator, load_generator
+from core.generator import Generator, load_generator, name_targets
 from core.golden import Golden
 from core.policy import TokenCosts
 from core.pretrained import load_pretrained, read_config
@@ -74,12 +74,16 @@ def build_model(
 ) -> Model:
     """A fresh model: base weights, and slots and heads that `seed` determines.
 
-    In `text` mode it answers like the base model. Raises BaseModelError and ConfigError.
+    In `text` mode it answers like the base model. Its config names the layers that an adapter is on. Raises
+    BaseModelError and ConfigError.
     """
     if config.generator.merged:
         raise ConfigError("generator.merged: the weights of a merged generator are in its checkpoint, not in the base")
     base = resolve_base_model(config.generator.base_model)
     generator = load_generator(base, device=torch.device(device), dtype=dtype)
+    if config.generator.lora is not None:
+        lora = name_targets(generator.model, config.generator.lora)
+        config = replace(config, generator=replace(config.generator, lora=lora))
     encoder_base = resolve_base_model(config.compressor.base_model) if config.compressor.kind == "encoder" else None
     compressor = build_compressor(config, generator, None if encoder_base is None else encoder_base.path, seed)
     if encoder_base is None:

@@ -13,34 +13,44 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from core.base_models import first_line
 from core.compressors import Compressor
 from core.config import LoraConfig
-from core.errors import CheckpointError
-from core.generator import ADAPTER_PREFIX
+from core.errors import CheckpointError, ConfigError
+from core.generator import ADAPTER_PREFIX, last_names, linear_layers, name_targets, target_layers
 
 ADAPTER = "default"
 LORA_NAME = re.compile(rf"\.lora_([AB])\.{ADAPTER}\.weight$")
 
 
-def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Parameter]:
+def add_lora(module: nn.Module, lora: LoraConfig, seed: int, key: str = "lora") -> list[nn.Parameter]:
     """Put fresh adapters on `module`'s linear layers, in place, and return their parameters (float32, trainable).
 
     `seed` determines them: every process of a run must begin with the same ones. The rest of `module` is frozen. A
-    fresh adapter changes no output: its B is zero (arXiv 2106.09685 sec. 4.1).
+    fresh adapter changes no output: its B is zero (arXiv 2106.09685 sec. 4.1). Raises ConfigError, which names `key`,
+    where a layer that is asked for is none of the module's.
     """
+    targets = _targets(module, lora, key)
+    # Out of the model, where peft would also adapt what it takes for layers of that name, such as fused experts.
+    layers = nn.ModuleList(targets.values())
     settings = PeftLoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(map(str, range(len(layers))))
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, module, adapter_name=ADAPTER)
-    for layer in module.modules():
-        if isinstance(layer, LoraLinear) and not lora.dropout:
-            # A method of this one layer, so that peft's names, and what is saved under them, stay.
-            layer.forward = MethodType(_adapted_linear, layer)  # type: ignore[method-assign]
-        elif isinstance(layer, LoraLinear):
+        try:
+            inject_adapter_in_model(settings, layers, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {first_line(error)}") from None
+    for path, layer in zip(targets, layers, strict=True):
+        assert isinstance(layer, LoraLinear)  # what peft makes of every nn.Linear
+        module.set_submodule(path, layer)
+        if lora.dropout:
             # Autocast picks the type: peft would first copy every input to float32, a sixth of a step on a CPU.
             layer.cast_input_dtype_enabled = False
+        else:
+            # A method of this one layer, so that peft's names, and what is saved under them, stay.
+            layer.forward = MethodType(_adapted_linear, layer)  # type: ignore[method-assign]
     parameters = []
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(bool(LORA_NAME.search(name)))
@@ -48,6 +58,21 @@ def add_lora(module: nn.Module, lora: LoraConfig, seed: int) -> list[nn.Paramete
             parameter.data = parameter.data.float()
             parameters.append(parameter)
     return parameters
+
+
+def _targets(module: nn.Module, lora: LoraConfig, key: str) -> dict[str, nn.Linear]:
+    """As `target_layers`; each name must be that of one layer at least."""
+    known = last_names(linear_layers(module))
+    unknown = sorted(set(name_targets(module, lora).target_modules or ()) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"{key}.target_modules: the model has no linear layer named {', '.join(unknown)}; "
+            f"it has {', '.join(known) or 'none at all'} (null: all but the head)"
+        )
+    try:
+        return target_layers(module, lora)
+    except CheckpointError as error:
+        raise ConfigError(f"{key}.target_modules: {error.message}") from None
 
 
 class AdaptedLinear(Function):
@@ -113,6 +138,11 @@ def whole_copy(value: Tensor) -> Tensor:
     return whole.cpu().clone() if torch.distributed.get_rank() == 0 else whole.to("meta")
 
 
+def adapted_names(module: nn.Module) -> list[str]:
+    """The last names of the layers of `module` that have adapters, sorted."""
+    return last_names(LORA_NAME.sub("", name) for name, _ in module.named_parameters() if LORA_NAME.search(name))
+
+
 def adapter_state(module: nn.Module) -> dict[str, Tensor]:
     """The adapters of `module` in peft's own naming (`base_model.model.<path>.lora_A.weight`), float32 on the CPU."""
     return {
@@ -123,18 +153,22 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_adapter(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Set the adapters of `module` from `adapter_state`'s form. Raises CheckpointError unless every key fits."""
+def load_adapter(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Set the adapters of `module` from `adapter_state`'s form. Raises ConfigError, which names `source`."""
     own = {
         ADAPTER_PREFIX + LORA_NAME.sub(r".lora_\1.weight", name): parameter
         for name, parameter in module.named_parameters()
         if LORA_NAME.search(name)
     }
     if own.keys() != tensors.keys():
-        raise CheckpointError("the adapter to start from has other layers than model.generator.lora asks for")
+        theirs, asked = (", ".join(last_names(name.split(".lora_")[0] for name in each)) for each in (tensors, own))
+        raise ConfigError(
+            f"{source}: its adapter is on other layers ({theirs}) than model.generator.lora.target_modules "
+            f"asks for ({asked})"
+        )
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
-            raise CheckpointError(f"the adapter to start from has another rank at {name}")
+            raise ConfigError(f"{source}: its adapter has another rank than model.generator.lora.r at {name}")
         parameter.copy_(tensors[name])
 
 

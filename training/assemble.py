@@ -28,7 +28,8 @@ class AssemblyConfig:
     random_negatives       how many of the negatives are drawn at random instead of by score
     mine                   take negatives from the collection; false: only those that came with the example
     drop_answer_passages   no negative may contain an answer
-    match_titles           where positives have no title, negatives lose theirs: a title alone would tell them apart
+    match_titles           where a passage of a row has no title, all of it lose theirs: a title alone would tell what
+                           answers from what does not
     without_positives      examples that came with no passages at all: `distant` makes the best retrieved passage with
                            an answer the positive (DPR), `unjudged` takes the best retrieved ones as they are, for a
                            teacher to answer and score (OSCAR sec. 4), `skip` leaves the example out
@@ -106,10 +107,10 @@ def _passages(
     random = random_negatives(example, collection, room - len(hard), hard, rng) if config.mine else []
     given = {passage.content: _judged(passage, 0.0) for passage in example.negatives}
     mined = [collection.passages[index] for index in (*hard, *random)]  # some answer another question
-    negatives = [given.get(passage.content, replace(passage, relevance=0.0, gold=None)) for passage in mined]
-    if config.match_titles and not all(passage.title for passage in kept):
-        negatives = [replace(passage, title="") for passage in negatives]
-    return kept + negatives
+    row = kept + [given.get(passage.content, replace(passage, relevance=0.0, gold=None)) for passage in mined]
+    if config.match_titles and not all(passage.title for passage in row):
+        row = [replace(passage, title="") for passage in row]
+    return row
 
 
 def _judged(passage: RowPassage, relevance: float) -> RowPassage:

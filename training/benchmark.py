@@ -25,7 +25,8 @@ from training.objective import Objective
 from training.runtime import Runtime
 from training.step import train_step, update
 from training.task import load_examples, question_task
-from training.train import iterate_batches, make_trainee
+from training.train import iterate_batches
+from training.trainee import build_trainee
 
 Shape = tuple[nn.Module, tuple[int, ...]]
 GOAL = 0.8  # share of the bare speed that the loop is to reach
@@ -78,7 +79,7 @@ def bare_step(model: Model, shapes: list[Shape], config: TrainConfig, runtime: R
 def measure(config: TrainConfig, steps: int, runtime: Runtime) -> dict[str, float]:
     """Medians over `steps` steps after one that warms up."""
     task = question_task(config)
-    model, groups, names = make_trainee(config, runtime)
+    model, groups, names = build_trainee(config, runtime)
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()

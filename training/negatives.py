@@ -69,6 +69,10 @@ class Collection:
         """Where `passage` stands in the collection."""
         return self._number.get(passage.content)
 
+    def words_of(self, index: int) -> str:
+        """The words of passage `index`, without its title."""
+        return words(self.passages[index].text)
+
     def contains(self, index: int, answers: Sequence[str]) -> bool:
         """Whether passage `index` contains one of `answers`, which went through `answer_words`."""
         return contains(words(self.texts[index]), answers)
@@ -121,19 +125,22 @@ def best_negatives(
     """Up to `count` passages of the collection for one example, best score first.
 
     The example's own negatives come before all others, ordered by score; without `mine` there are no others.
-    Positives are left out, and with `drop_answers` every passage that contains an answer.
+    Positives are left out, whatever their title, and so is a text that is there already; with `drop_answers` every
+    passage that contains an answer.
     """
     answers = answer_words(example.answers)
-    gold = {collection.number_of(passage) for passage in example.positives}
     given = [number for passage in example.negatives if (number := collection.number_of(passage)) is not None]
-    given = sorted(dict.fromkeys(given), key=lambda index: (-scores[index], index))
-    candidates = chain(given, (index for index in ranked(scores) if index not in given)) if mine else iter(given)
-    suitable = (
-        index
-        for index in candidates
-        if index not in gold and not (drop_answers and collection.contains(index, answers))
-    )
-    return list(islice(suitable, count))
+    given = sorted(given, key=lambda index: (-scores[index], index))
+    seen = _kept_words(example)
+    chosen: list[int] = []
+    for index in chain(given, ranked(scores) if mine else ()):
+        if len(chosen) == count:
+            break
+        text = collection.words_of(index)
+        if text not in seen and not (drop_answers and collection.contains(index, answers)):
+            chosen.append(index)
+            seen.add(text)
+    return chosen
 
 
 def first_answering(example: Example, scores: Scores, collection: Collection, depth: int) -> int | None:
@@ -148,15 +155,21 @@ def first_answering(example: Example, scores: Scores, collection: Collection, de
 def random_negatives(
     example: Example, collection: Collection, count: int, taken: Sequence[int], rng: np.random.Generator
 ) -> list[int]:
-    """Up to `count` passages drawn evenly from the collection: no positive, nothing taken, none with an answer."""
+    """Up to `count` passages drawn evenly from the collection: no positive, no text taken, none with an answer."""
     answers = answer_words(example.answers)
-    barred = {*taken, *(collection.number_of(passage) for passage in example.positives)}
+    seen = _kept_words(example).union(map(collection.words_of, taken))
     chosen: list[int] = []
     for _ in range(20 * count):
         if len(chosen) == count:
             break
         index = int(rng.integers(len(collection.passages)))
-        if index not in barred and not collection.contains(index, answers):
+        text = collection.words_of(index)
+        if text not in seen and not collection.contains(index, answers):
             chosen.append(index)
-            barred.add(index)
+            seen.add(text)
     return chosen
+
+
+def _kept_words(example: Example) -> set[str]:
+    """The words of what a row has whatever its negatives are; without titles, which copies of a text may lack."""
+    return {words(passage.text) for passage in (*example.positives, *example.unjudged)}

@@ -25,9 +25,10 @@ from core.config import dump_config
 from core.errors import CheckpointError, ConfigError
 from core.manifest import MANIFEST, read_version, sha256_of
 from core.model import Model
-from training.adapters import adapter_state, compressor_state, load_adapter, whole_copy
+from training.adapters import adapted_names, adapter_state, compressor_state, whole_copy
 from training.config import TrainConfig
 from training.runtime import Runtime
+from training.start import adapter_file, base_hashes
 
 # Of `loop`, what a run may go on with otherwise: how long, what is said and saved of it, how a step fits the memory.
 LENGTH = ("epochs", "max_steps", "patience")
@@ -63,15 +64,17 @@ def run_settings(config: TrainConfig, model: Model, runtime: Runtime) -> dict[st
     `resolved` has, by their dotted keys, what other names stand for here: the sha256 of weights, and the precision. Not
     how many processes there are: only which values dropout sets to 0 depends on that.
     """
-    values = dataclasses.asdict(config)
+    values = dataclasses.asdict(config) | {"model": dataclasses.asdict(model.config)}
+    if config.optimizer.compressor_lora:
+        values["optimizer"]["compressor_lora"]["target_modules"] = adapted_names(model.compressor)
     for name in (*LENGTH, *REPORTS, *MEMORY):
         del values["loop"][name]
     for name in ("train", "dev"):
         values["data"][name] = sha256_of(Path(values["data"][name]))
     precision = "bf16" if runtime.computes_in_bfloat16(config.loop.precision) else "fp32"
     values["resolved"] = _begun_from(config) | {
-        "model.generator.base_model": model.base.sha256,
-        "model.compressor.base_model": model.encoder_base.sha256 if model.encoder_base else "",
+        "model.compressor.base_model": "",
+        **base_hashes(model),
         "loop.precision": precision,
     }
     kept: dict[str, Any] = json.loads(json.dumps(values))  # as it reads back: tuples become lists
@@ -103,7 +106,9 @@ def changed_settings(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def differing(one: Any, other: Any, name: str = "") -> list[str]:
     """The dotted keys in which two trees of settings differ."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [name]
+        lists = name.endswith(".target_modules") and isinstance(one, list) and isinstance(other, list)
+        same = sorted(one) == sorted(other) if lists else one == other  # the order in which layers are named is none
+        return [] if same else [name]
     keys = sorted(one.keys() | other.keys())
     return [at for key in keys for at in differing(one.get(key), other.get(key), f"{name}.{key}" if name else key)]
 
@@ -164,6 +169,7 @@ def save_weights(
         "examples": progress.examples,
         "dev": progress.scores,
         "start": _origin(config.start),
+        "base_models": base_hashes(model),
     }
     texts = {
         "config.json": dump_config(dataclasses.replace(model.config, trained=True)),
@@ -233,43 +239,3 @@ def placed_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
         return value
     # Every process has read the whole value, so none needs to be sent any.
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def start_from(model: Model, folder: Path, *, adapter: bool = True) -> None:
-    """Begin from the weights of another run's `best/` or `last/`, or of an exported checkpoint.
-
-    `adapter`: a generator adapter is taken too, where the folder has one. Raises CheckpointError where shapes differ,
-    and for a merged checkpoint, whose adapter is no longer apart.
-    """
-    if (folder / "generator").exists():
-        raise CheckpointError(f"start: {folder} has its adapter merged into the generator; begin from one that has not")
-    try:
-        weights = load_file(folder / "compressor.safetensors")
-        model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
-    if adapter and model.config.generator.lora is not None and (file := adapter_file(folder)):
-        _load_adapter(model, file, "start")
-
-
-def start_adapter_from(model: Model, folder: Path) -> None:
-    """Begin from the generator's adapter of a run's `best/` or `last/`, or of a checkpoint. Raises CheckpointError."""
-    if model.config.generator.lora is None:
-        raise CheckpointError("start_adapter: model.generator.lora is not given, so there is no adapter to set")
-    file = adapter_file(folder)
-    if file is None:
-        raise CheckpointError(f"start_adapter: {folder} has no adapter")
-    _load_adapter(model, file, "start_adapter")
-
-
-def _load_adapter(model: Model, file: Path, key: str) -> None:
-    try:
-        load_adapter(model.generator.model, load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{key}: {file} cannot be read: {error}") from None
-
-
-def adapter_file(folder: Path) -> Path | None:
-    """Where a run's folder, or a checkpoint, keeps its adapter."""
-    files = (folder / name for name in ("adapter.safetensors", "generator.safetensors"))
-    return next((file for file in files if file.exists()), None)

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from tqdm import tqdm
 
@@ -99,7 +98,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     Nothing is written before model and data are found to be fit. Raises ConfigError, also where gradients are not
     finite any more, CheckpointError, BaseModelError.
     """
-    model, groups, names = make_trainee(config, runtime)
+    model, groups, names = build_trainee(config, runtime)
     task.check(model)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
@@ -147,14 +146,6 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     if main and not progress.is_over(steps, config.loop.patience):
         tqdm.write(f"stopped at step {progress.step} of {steps}; repeat the command to go on")
     return progress
-
-
-def make_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dict[str, Any]], dict[nn.Parameter, str]]:
-    """As `build_trainee`. Raises ConfigError, too, for adapters of layers that the model does not have."""
-    try:
-        return build_trainee(config, runtime)
-    except NoMatchingPeftModuleError as error:
-        raise ConfigError(f"target_modules of model.generator.lora or optimizer.compressor_lora: {error}") from None
 
 
 def resume(

@@ -12,8 +12,8 @@ from core.model import Model, build_model
 from training.adapters import add_lora
 from training.attention import use_matrix_attention
 from training.config import OptimizerConfig, TrainConfig
-from training.run_state import start_adapter_from, start_from
 from training.runtime import Runtime
+from training.start import start_adapter_from, start_from
 
 
 def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[dict[str, Any]], dict[nn.Parameter, str]]:
@@ -31,10 +31,10 @@ def build_trainee(config: TrainConfig, runtime: Runtime) -> tuple[Model, list[di
         for backbone in (model.generator.model, model.compressor.backbone):
             use_matrix_attention(backbone)
     model.generator.requires_grad_(False)
-    wanted, seed = config.model.generator.lora, config.loop.seed
-    lora = add_lora(model.generator.model, wanted, seed) if wanted else []
+    wanted, seed = model.config.generator.lora, config.loop.seed
+    lora = add_lora(model.generator.model, wanted, seed, "model.generator.lora") if wanted else []
     if config.start:
-        start_from(model, Path(config.start), adapter=not config.start_adapter)
+        start_from(model, Path(config.start), adapter=not config.start_adapter, say=runtime.rank == 0)
     if config.start_adapter:
         start_adapter_from(model, Path(config.start_adapter))
     groups = _parameter_groups(model, lora, config)
@@ -54,7 +54,7 @@ def _parameter_groups(model: Model, lora: list[nn.Parameter], config: TrainConfi
     optimizer = config.optimizer
     backbone = model.compressor.backbone
     if optimizer.compressor_lora:
-        add_lora(backbone, optimizer.compressor_lora, config.loop.seed)
+        add_lora(backbone, optimizer.compressor_lora, config.loop.seed, "optimizer.compressor_lora")
     elif not optimizer.train_embeddings:
         backbone.get_input_embeddings().requires_grad_(False)
     inside = set(backbone.parameters())

@@ -108,7 +108,7 @@ def test_a_model_that_bends_its_logits_is_refused_by_the_name_of_the_setting(
 
 def adapter(generator: Generator, tmp_path: Path) -> tuple[dict[str, Tensor], Tensor]:
     """A random adapter as peft saves it, and the logits of the model that peft merges it into."""
-    config = peft.LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules=list(LORA.target_modules))
+    config = peft.LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear")
     adapted = peft.get_peft_model(generator.model, config)
     source = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_given_negatives_come_first_and_alone_without_mining() -> None:
     scores = np.array([9, 8, 1, 7, 6, 2], dtype=np.float32)
     assert best_negatives(example, scores, collection, 4) == [5, 2, 1, 3]
     assert best_negatives(example, scores, collection, 4, mine=False) == [5, 2]
+
+
+@pytest.mark.parametrize("title", ["", "Rhine"])
+def test_a_copy_of_a_text_under_another_title_is_no_negative(title: str) -> None:
+    copies = [RowPassage(TEXTS[0].upper(), title="The Rhine"), RowPassage(TEXTS[2], title="Bread")]
+    collection = Collection([*PASSAGES, *copies])
+    example = Example("1", RHINE.query, ("Basel",), (RowPassage(TEXTS[0], title=title),), negatives=(copies[1],))
+    scores = np.arange(len(collection.passages), dtype=np.float32)
+    assert best_negatives(example, scores, collection, 9) == [7, 5, 4, 3, 1]
+    assert best_negatives(replace(example, unjudged=(PASSAGES[5],)), scores, collection, 9) == [7, 4, 3, 1]
+    drawn = random_negatives(example, collection, 9, [7], np.random.default_rng(0))
+    assert sorted(drawn) == [1, 3, 4, 5]
+    (row,) = assemble_rows([example], collection, FixedRetriever(scores.tolist()), AssemblyConfig(), Counter())
+    assert len(row.passages) == len({words(passage.text) for passage in row.passages}) == 6
 
 
 def test_random_negatives_are_none_of_the_others() -> None:

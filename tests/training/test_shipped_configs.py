@@ -77,7 +77,7 @@ def test_paper_configs_hold_the_papers_numbers(name: str) -> None:
     config: TrainConfig = load_config(FOLDER / f"{name}.yaml")
     compressor, lora, optimizer = config.model.compressor, config.model.generator.lora, config.optimizer
     assert lora is not None
-    assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules)) == (16, 32, 0.1, 7)
+    assert (lora.r, lora.alpha, lora.dropout, len(lora.target_modules or ())) == (16, 32, 0.1, 7)
     assert optimizer.generator_lr == 1e-4
     assert optimizer.compressor_lr == (5e-5 if compressor.kind == "n_layers" else 1e-4)
     assert optimizer.compressor_lora is None
