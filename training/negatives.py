@@ -12,7 +12,7 @@ import bm25s
 import numpy as np
 import numpy.typing as npt
 
-from training.answer_match import answer_words, contains, words
+from training.answer_match import LONG_WORD, answer_words, contains, words
 from training.data_format import RowPassage
 from training.examples import Example
 
@@ -52,7 +52,9 @@ class BM25Retriever:
 
 
 def _tokenise(texts: Sequence[str]) -> list[list[str]]:
-    tokens: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    tokens: list[list[str]] = bm25s.tokenize(
+        list(texts), token_pattern=LONG_WORD, stopwords="en", return_ids=False, show_progress=False
+    )
     return tokens
 
 
