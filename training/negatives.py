@@ -12,7 +12,7 @@ import bm25s
 import numpy as np
 import numpy.typing as npt
 
-from training.answer_match import LONG_WORD, answer_words, contains, words
+from training.answer_match import LONG_WORD, contains, span_words, words
 from training.data_format import RowPassage
 from training.examples import Example
 
@@ -123,9 +123,9 @@ def best_negatives(
     """Up to `count` passages of the collection for one example, best score first.
 
     The example's own negatives come before all others, ordered by score; without `mine` there are no others.
-    Positives are left out, and with `drop_answers` every passage that contains an answer.
+    Positives are left out, and with `drop_answers` every passage that contains an answer other than yes and no.
     """
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     gold = {collection.number_of(passage) for passage in example.positives}
     given = [number for passage in example.negatives if (number := collection.number_of(passage)) is not None]
     given = sorted(dict.fromkeys(given), key=lambda index: (-scores[index], index))
@@ -141,9 +141,9 @@ def best_negatives(
 def first_answering(example: Example, scores: Scores, collection: Collection, depth: int) -> int | None:
     """The best of the `depth` first passages that contains an answer: the positive of a question that came without.
 
-    DPR's distant supervision (Karpukhin et al. 2020, sec. 4.1, `depth` 100).
+    DPR's distant supervision (Karpukhin et al. 2020, sec. 4.1, `depth` 100). Yes and no make no passage a positive.
     """
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     return next((index for index in islice(ranked(scores), depth) if collection.contains(index, answers)), None)
 
 
@@ -151,7 +151,7 @@ def random_negatives(
     example: Example, collection: Collection, count: int, taken: Sequence[int], rng: np.random.Generator
 ) -> list[int]:
     """Up to `count` passages drawn evenly from the collection: no positive, nothing taken, none with an answer."""
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     barred = {*taken, *(collection.number_of(passage) for passage in example.positives)}
     chosen: list[int] = []
     for _ in range(20 * count):
