@@ -54,7 +54,7 @@ def settings(generator: Path, encoder: Path | None = None, **changes: dict[str, 
                 "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]},
             },
         },
-        "data": {"passages": 2, "dev_questions": 3},
+        "data": {"passages": 2, "dev_questions": 3, "answer_tokens": 32},
         "loss": {"relevance": 0.1, "relevance_kind": "bce"},
         "optimizer": {"compressor_lr": 1e-3, "generator_lr": 1e-3, "warmup": 0.1},
         "loop": {

@@ -4,7 +4,6 @@ Knows tokenizers and chunks; runs no model.
 """
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,11 +11,11 @@ from core.config import Mode
 from core.model import Model
 from core.pipeline import PreparedRequest, passage_text_ids, prepare, rows_of
 from core.rows import ChunkRow
+from training.answer_match import is_span, places_pattern
 from training.config import DataConfig, LossConfig
 from training.data_format import Row, RowPassage
 from training.teacher_logits import TeacherLogits, TokenTargets
 
-SPANLESS = {"", "yes", "no"}  # answers that are no span of a passage, wherever the word stands
 BUCKET_BATCHES = 32  # batches sorted by length together: enough to pad little, few enough to keep them random
 
 
@@ -186,14 +185,13 @@ def find_hits(
     token of the compressor covers (`readouts.candidates`); without, at any of the answer's tokens.
     Passages known not to be relevant have no right place, and no passage has one for yes or no.
     """
-    spans = {span for answer in answers if (span := answer.strip()).lower() not in SPANLESS}
-    words = "|".join(sorted(map(re.escape, spans), key=len, reverse=True))
-    pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+    spans = {span for answer in answers if (span := answer.strip()) and is_span(span)}
+    pattern = places_pattern(spans)
     windowed = model.config.compressor.pointer_window > 1
     spans_of: dict[int, list[tuple[int, int]]] = {}
     for index, passage in enumerate(passages):
         irrelevant = passage.judged and not passage.relevant
-        spans_of[index] = [] if irrelevant or not words else [m.span() for m in pattern.finditer(passage.content)]
+        spans_of[index] = [] if irrelevant or not spans else [m.span() for m in pattern.finditer(passage.content)]
     hits = []
     for chunk in request.chunks:
         found: set[int] = set()

@@ -20,7 +20,6 @@ from training.objective import Objective
 from training.results import Setting
 
 BATCH = 16
-OPTIONS = GenerationOptions(max_new_tokens=32)
 
 
 @torch.no_grad()
@@ -74,6 +73,7 @@ def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dic
     """
     ranks, answers = config.loss.relevance > 0, config.loss.needs_generator
     settings = [Setting(mode, rate=None, passages=0) for mode in config.data.modes] if answers else []
+    options = GenerationOptions(max_new_tokens=config.data.answer_tokens)
     values: dict[str, list[float]] = {"gold_first": []} if ranks else {}
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
@@ -85,7 +85,7 @@ def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dic
             values["gold_first"] += rank_gold(batch, compressed)
         for setting in settings:
             read = compressed if needs_compression(model, setting) else None
-            answered = generate_batch(model, requests, read, setting, OPTIONS, nullcontext)
+            answered = generate_batch(model, requests, read, setting, options, nullcontext)
             for row, answer in zip(batch, answered, strict=True):
                 for name, metric in (("f1", token_f1), ("em", exact_match)):
                     score = best_over_references(metric, answer.text, row.answers or (row.target,))

@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from training.answer_match import answer_words, contains, words
+from training.answer_match import CHARACTER, UNSPACED, WORD, answer_words, contains, words
 
 Scores = Sequence[float] | NDArray[np.float64]
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_WORD = re.compile(r"\w+")
-_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W\d_]+")
+_FULL_WIDTH = "".join(chr(ord(mark) + 0xFEE0) for mark in string.punctuation)
+_PUNCTUATION = str.maketrans("", "", string.punctuation + _FULL_WIDTH + "、。〈〉《》「」『』【】〔〕〜・｡｢｣､･။၊។៕")
+_WORD = re.compile(WORD)
+_TOKEN = re.compile(rf"{CHARACTER}|[^\s{UNSPACED}]+")
+_NUMBER_OR_WORD = re.compile(rf"\d+(?:[.,:]\d+)*|{CHARACTER}|[^\W\d_{UNSPACED}]+")
+_CHARACTER = re.compile(CHARACTER)
 _FUNCTION_WORD = re.compile(r"an?|and|as|at|by|for|from|in|is|its?|of|on|or|that|the|this|to|was|were|with")
 _NUMBER_WORD = re.compile(
     r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(thir|four|fif|six|seven|eigh|nine)teen|"
@@ -30,7 +33,10 @@ _NUMBER_WORD = re.compile(
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single spaces (Rajpurkar et al. 2016, sec. 6.1)."""
+    """Lower case, no ASCII punctuation, no English articles, single spaces (Rajpurkar et al. 2016, sec. 6.1).
+
+    Nor the punctuation of scripts without spaces, which ends no token there.
+    """
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -45,8 +51,11 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of normalised tokens, in [0, 1]; where one side has none, equality."""
-    predicted, expected = normalise_answer(prediction).split(), normalise_answer(reference).split()
+    """Harmonic mean of precision and recall of normalised tokens, in [0, 1]; where one side has none, equality.
+
+    Tokens stand between spaces; in scripts without spaces each character is one.
+    """
+    predicted, expected = (_TOKEN.findall(normalise_answer(text)) for text in (prediction, reference))
     if not predicted or not expected:
         return float(predicted == expected)
     common = sum((Counter(predicted) & Counter(expected)).values())
@@ -80,19 +89,24 @@ def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def _plain_tokens(text: str) -> list[str]:
-    """Numbers (thousands' commas dropped) and words, accents dropped, case kept."""
+    """Numbers (thousands' commas dropped) and words as in `answer_match`, accents dropped, case kept."""
     decomposed = unicodedata.normalize("NFKD", text)
     plain = "".join(char for char in decomposed if not unicodedata.combining(char))
     return [token.replace(",", "") for token in _NUMBER_OR_WORD.findall(plain)]
 
 
 def named_tokens(text: str) -> frozenset[str]:
-    """The tokens a paraphrase cannot replace, in lower case: digits, number words, months and names (capitalised)."""
+    """The tokens a paraphrase cannot replace, in lower case: digits, number words, months and names (capitalised).
+
+    Scripts without spaces have no capitals: there it is every character.
+    """
     return frozenset(
         token.lower()
         for token in _plain_tokens(text)
         if not _FUNCTION_WORD.fullmatch(token.lower())
-        and (token[0].isdigit() or token[0].isupper() or _NUMBER_WORD.fullmatch(token.lower()))
+        and (
+            token[0].isdigit() or token[0].isupper() or _CHARACTER.match(token) or _NUMBER_WORD.fullmatch(token.lower())
+        )
     )
 
 

@@ -12,7 +12,7 @@ import bm25s
 import numpy as np
 import numpy.typing as npt
 
-from training.answer_match import answer_words, contains, words
+from training.answer_match import LONG_WORD, contains, span_words, words
 from training.data_format import RowPassage
 from training.examples import Example
 
@@ -52,7 +52,9 @@ class BM25Retriever:
 
 
 def _tokenise(texts: Sequence[str]) -> list[list[str]]:
-    tokens: list[list[str]] = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    tokens: list[list[str]] = bm25s.tokenize(
+        list(texts), token_pattern=LONG_WORD, stopwords="en", return_ids=False, show_progress=False
+    )
     return tokens
 
 
@@ -126,9 +128,9 @@ def best_negatives(
 
     The example's own negatives come before all others, ordered by score; without `mine` there are no others.
     Positives are left out, whatever their title, and so is a text that is there already; with `drop_answers` every
-    passage that contains an answer.
+    passage that contains an answer other than yes and no.
     """
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     given = [number for passage in example.negatives if (number := collection.number_of(passage)) is not None]
     given = sorted(given, key=lambda index: (-scores[index], index))
     seen = _kept_words(example)
@@ -146,9 +148,9 @@ def best_negatives(
 def first_answering(example: Example, scores: Scores, collection: Collection, depth: int) -> int | None:
     """The best of the `depth` first passages that contains an answer: the positive of a question that came without.
 
-    DPR's distant supervision (Karpukhin et al. 2020, sec. 4.1, `depth` 100).
+    DPR's distant supervision (Karpukhin et al. 2020, sec. 4.1, `depth` 100). Yes and no make no passage a positive.
     """
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     return next((index for index in islice(ranked(scores), depth) if collection.contains(index, answers)), None)
 
 
@@ -156,7 +158,7 @@ def random_negatives(
     example: Example, collection: Collection, count: int, taken: Sequence[int], rng: np.random.Generator
 ) -> list[int]:
     """Up to `count` passages drawn evenly from the collection: no positive, no text taken, none with an answer."""
-    answers = answer_words(example.answers)
+    answers = span_words(example.answers)
     seen = _kept_words(example).union(map(collection.words_of, taken))
     chosen: list[int] = []
     for _ in range(20 * count):

@@ -282,6 +282,21 @@ def run(args: argparse.Namespace) -> None:
         if path is not None:
             write_rows(path, rows)
             log.info("%s: %s", path, describe(rows))
+    _warn_without_positives(config, [*prepared.train, *prepared.dev])
+
+
+def _warn_without_positives(config: PrepareConfig, rows: Sequence[Row]) -> None:
+    """Names the sources none of whose rows says which passage answers."""
+    for source in config.sources:
+        own = [row for row in rows if row.id.startswith(f"{source.label}/")]
+        if own and not any(passage.relevant for row in own for passage in row.passages):
+            log.warning(
+                "--source %s: none of its %d rows has a positive passage, which loss.relevance learns from; give "
+                "`positives` or columns.positives=COLUMN, `gold` or `relevance` of `passages`, or score them: `label "
+                "--reranker`",
+                source.path,
+                len(own),
+            )
 
 
 def _check_paths(config: PrepareConfig, args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import gzip
 import json
 from collections.abc import Iterable
 from dataclasses import field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,14 @@ from training.public_sets import PUBLIC_SETS
 Limit = Annotated[int, Field(ge=1)] | None
 LIST_FIELDS = ("answers", "positives", "negatives", "passages")
 FIELDS = ("id", "query", "teacher_answer", "title", "text", *LIST_FIELDS)
+# What else says the same as a field: where `columns` maps the field, the file's own columns of these names say nothing.
+ALTERNATIVES = {
+    "query": ("question",),
+    "text": ("positives", "passages"),
+    "positives": ("text",),
+    "passages": ("text",),
+}
+LONGEST_CELL = 2**31 - 1  # what csv takes everywhere: how long a passage may be is the read policy's to say
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -70,13 +79,18 @@ def read_examples(source: SourceConfig, policy: ReadPolicy) -> tuple[list[Exampl
         return read_records(source, load_public_set(source.path, source.split), policy)
     report = ReadReport(source.label)
     found: dict[Any, None] = {}  # the columns of all records, in order
+    replaced = {other for ours in source.columns for other in ALTERNATIVES.get(ours, ())}
 
     def parse(numbered: tuple[int, Any]) -> Example:
         number, record = numbered
         values = _as_object(record)
         found.update(dict.fromkeys(values))
+        own = {name: value for name, value in values.items() if name not in replaced}
         mapped = {ours: values.get(theirs) for ours, theirs in source.columns.items()}
-        return parse_example(_flat_fields({"id": str(number), **values, **mapped}), policy)
+        try:
+            return parse_example(_flat_fields({"id": str(number), **own, **mapped}), policy)
+        except RowError as error:
+            raise RowError(error.kind, f"{error}{_remedy(str(error), source, found)}") from None
 
     numbers = ((number, (number, record)) for number, record in _numbered(Path(source.path)))
     try:
@@ -93,6 +107,17 @@ def _misnamed(source: SourceConfig, found: Iterable[Any]) -> str:
     present = [name for name in found if isinstance(name, str)]  # surplus cells of a CSV stand under None
     absent = [f"columns.{ours}={theirs}" for ours, theirs in source.columns.items() if theirs not in present]
     return f": {', '.join(absent)}: no such column; there are {', '.join(present)}" if present and absent else ""
+
+
+def _remedy(problem: str, source: SourceConfig, found: Iterable[Any]) -> str:
+    """How to name the column of a field that no record has; empty for any other problem."""
+    name, _, what = problem.partition(" ")
+    present = [column for column in found if isinstance(column, str)]
+    known = {*present, *source.columns}
+    if what != "is missing" or name not in FIELDS or known & {name, *ALTERNATIVES.get(name, ())}:
+        return ""
+    near = get_close_matches(name, [column for column in present if column not in FIELDS], n=1)
+    return f" and may have another name: columns.{name}={near[0] if near else 'COLUMN'}; there are {', '.join(present)}"
 
 
 def read_records(
@@ -215,6 +240,7 @@ def _read_table(path: Path, suffix: str) -> list[tuple[int, Any]]:
             if not isinstance(records, list):
                 raise ValueError("the file is not a JSON list")
             return list(enumerate(records, start=1))
+        csv.field_size_limit(LONGEST_CELL)
         reader = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
         return [(reader.line_num, record) for record in reader]
 

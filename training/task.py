@@ -3,6 +3,7 @@
 Here is question answering; `training/pretrain.py` has the other one. Knows no optimiser and no steps.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from training.data_quality import ReadPolicy
 from training.dev import can_be_read, evaluate_dev
 from training.objective import Objective
 from training.teacher_logits import TeacherLogits, tokenizer_fingerprint
+
+SAMPLE = 200  # examples that are made before the first step, to see whether they can be
+NOTABLE = 0.05  # share of them that cannot
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,25 @@ def check_dev(model: Model, rows: Sequence[Row], config: TrainConfig) -> None:
     if not usable:
         raise ConfigError(f"{said}; give shorter rows, or fewer passages in each")
     tqdm.write(f"{said}; the others are left out")
+
+
+def check_examples(task: Task, model: Model, config: TrainConfig) -> None:
+    """Say how many of some examples would be skipped, where that is many. Raises ConfigError where all would be."""
+    count = len(task.lengths)
+    chosen = random.Random(config.loop.seed).sample(range(count), min(count, SAMPLE))
+    made, skipped = load_examples(task, model, chosen, "check")
+    # One without a question is never too long, and teaches the generator nothing.
+    asked = sum(bool(example.questions) for example in made) if config.loss.needs_generator else len(made)
+    if skipped <= NOTABLE * len(chosen) and asked:
+        return
+    said = (
+        f"data.train: {skipped} of {len(chosen)} examples looked at cannot be read, or not in data.prompt_tokens "
+        f"{config.data.prompt_tokens}"
+    )
+    if skipped and not asked:
+        raise ConfigError(f"{said}; give more data.prompt_tokens, shorter rows, or fewer data.passages")
+    if skipped:
+        tqdm.write(f"{said}; such examples are skipped")
 
 
 def check_logits(model: Model, rows: Sequence[Row], logits: TeacherLogits) -> None:

@@ -25,6 +25,7 @@ from training.teacher_logits import TokenTargets
 log = logging.getLogger(__name__)
 
 SILENT = "the teacher said nothing"
+THINKING = "the teacher did not end its <think>"
 CUT = "the teacher's answer was cut at --max-new-tokens"
 NO_ROOM = "the prompt leaves no room for an answer"
 REFUSED = "the endpoint refused the prompt"
@@ -40,10 +41,16 @@ class TeacherAnswer:
 
 
 def whole_answer(text: str, *, cut: bool) -> TeacherAnswer:
-    """`text` as an answer; none where it was cut: to learn it would be to learn to stop in mid-sentence."""
+    """`text` as an answer; none where it was cut: to learn it would be to learn to stop in mid-sentence.
+
+    What a model thinks, up to the last `</think>`, is no part of its answer; some servers leave out the first tag.
+    """
     if cut:
         return TeacherAnswer("", missing=CUT)
-    return TeacherAnswer(text.strip(), missing="" if text.strip() else SILENT)
+    said = text.rpartition("</think>")[2].strip()
+    if "<think>" in said:
+        return TeacherAnswer("", missing=THINKING)
+    return TeacherAnswer(said, missing="" if said else SILENT)
 
 
 class Teacher(Protocol):

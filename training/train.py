@@ -28,7 +28,7 @@ from training.objective import Objective
 from training.run_state import Progress, optimizer_tensors, recover_folder, restore_run, run_settings, save_weights
 from training.runtime import Runtime
 from training.step import schedule, summarise, train_step, update
-from training.task import Task, load_examples, question_task
+from training.task import Task, check_examples, load_examples, question_task
 from training.trainee import build_trainee
 
 EXAMPLES = """\
@@ -100,6 +100,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     """
     model, groups, names = build_trainee(config, runtime)
     task.check(model)
+    check_examples(task, model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
     progress = resume(folder, run_settings(config, model, runtime), optimizer, names, runtime)

@@ -44,6 +44,21 @@ def test_text_alone_is_not_compressed_to_be_served(tiny_llama: Path) -> None:
     assert scores.keys() == {"loss_answer", "f1_text", "em_text"}
 
 
+def test_answers_may_have_the_tokens_that_targets_have(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tiny_llama, data={"answer_tokens": 3})
+    objective, _ = make_objective(config)
+    answers: list[str] = []
+
+    def noted(answer: str, reference: str) -> float:
+        answers.append(answer)
+        return 0.0
+
+    monkeypatch.setattr("training.dev.token_f1", noted)
+    evaluate_dev(objective, make_rows(2), config)
+    tokenizer = objective.model.generator.tokenizer
+    assert [len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers] == [3, 3]
+
+
 def test_a_question_that_cannot_be_read_is_left_out(tiny_llama: Path) -> None:
     config = make_config(tiny_llama)
     objective, _ = make_objective(config)

@@ -124,6 +124,22 @@ def test_an_endpoint_that_refuses_all_of_the_first_rows_is_given_up() -> None:
     assert {answer.text for answer in proven.answer(ROWS)} == {""}
 
 
+@pytest.mark.parametrize(
+    ("content", "answer", "missing"),
+    [
+        ("<think>The Rhine?\n</think>\n\nthe Alps\n", "the Alps", ""),
+        ("it rises</think>in</think> the Alps", "the Alps", ""),
+        ("<think>The Rhine rises", "", "the teacher did not end its <think>"),
+        ("<think>The Rhine rises</think>\n", "", "the teacher said nothing"),
+    ],
+)
+def test_what_a_teacher_thinks_is_not_its_answer(content: str, answer: str, missing: str) -> None:
+    reply = httpx.Response(200, json={"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+    teacher = EndpointTeacher(ENDPOINT, PromptConfig(), transport=httpx.MockTransport(lambda _: reply))
+    (answered,) = teacher.answer(ROWS[:1])
+    assert (answered.text, answered.missing) == (answer, missing)
+
+
 class ChatHandler(BaseHTTPRequestHandler):
     """An endpoint whose model always says the same; river 1 makes it say more than it may, river 2 is too long."""
 

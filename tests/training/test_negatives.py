@@ -140,6 +140,22 @@ def test_an_open_question_gets_its_positive_by_distant_supervision_or_is_left_un
     assert counter == {"no positive passage found": 1}
 
 
+def test_yes_and_no_make_no_passage_a_positive_and_bar_none_from_being_a_negative() -> None:
+    passages = [RowPassage("There is no ferry over the Rhine."), RowPassage("The Danube is longer than the Rhine.")]
+    collection, retriever = Collection(passages), FixedRetriever([2, 1])
+    example = Example("1", "Is the Rhine longer than the Danube?", ("No.",))
+    dropped: Counter[str] = Counter()
+    found = find_positives([example], collection, retriever)
+    assert found == [example]
+    assert list(assemble_rows(found, collection, retriever, AssemblyConfig(), dropped)) == []
+    assert dropped == {"no positive passage found": 1}
+    judged = replace(example, positives=(passages[1],))
+    (row,) = assemble_rows([judged], collection, retriever, AssemblyConfig(random_negatives=0), dropped)
+    assert {p.text: p.relevance for p in row.passages} == {passages[0].text: 0.0, passages[1].text: 1.0}
+    drawn = random_negatives(judged, collection, 1, [], np.random.default_rng(0))
+    assert drawn == [0]
+
+
 def test_a_part_of_a_collection_keeps_its_scores() -> None:
     part, retriever = without_passages(
         Collection(PASSAGES), FixedRetriever([6, 5, 4, 3, 2, 1]), {words(TEXTS[1].upper()), words(TEXTS[4])}

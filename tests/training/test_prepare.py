@@ -219,6 +219,18 @@ def test_bad_rows_are_reported_by_line_and_skipped_or_refused(
     assert "cities, line 2: empty: answers[0] is empty" in capsys.readouterr().err + caplog.text
 
 
+def test_a_source_without_any_positive_is_warned_of(
+    tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = [raw_example(index) | {"positives": None, "passages": ["unjudged"]} for index in range(3)]
+    unjudged = write_raw(tmp_path / "unjudged.jsonl.gz", examples)
+    sources = ["--source", str(raw), "--source", str(unjudged)]
+    assert main(["prepare", *sources, "--out", str(tmp_path / "train.jsonl")]) == 0
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith(f"--source {unjudged}: none of its 3 rows has a positive passage")
+    assert "columns.positives=COLUMN" in warning
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

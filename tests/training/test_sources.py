@@ -123,6 +123,47 @@ def test_a_misspelt_column_is_refused_with_those_that_are_there(tmp_path: Path, 
             read_examples(SourceConfig(path=str(path), columns=COLUMNS | {"query": "Subject"}), policy)
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"query": "subject"}, ("mapped?", ("own",), ("passage",))),
+        ({"positives": "article"}, ("own?", ("mapped",), ("passage",))),
+        ({"text": "article"}, ("own?", ("mapped",), ())),
+    ],
+)
+def test_a_mapped_column_wins_over_other_names_of_its_field(
+    tmp_path: Path, columns: dict[str, str], expected: tuple[str, tuple[str, ...], tuple[str, ...]]
+) -> None:
+    path = tmp_path / "x.json"
+    record = {"question": "own?", "subject": "mapped?", "answers": "a", "article": "mapped"}
+    path.write_text(json.dumps([record | {"positives": "own", "passages": "passage", "text": "text"}]))
+    (example,), _ = read_examples(SourceConfig(path=str(path), columns=columns), REFUSE)
+    assert (example.query, *(tuple(p.text for p in some) for some in (example.positives, example.unjudged))) == expected
+
+
+def test_a_field_that_the_file_does_not_have_is_said_with_the_columns_that_may_be_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": "q", "answer": "a", "contexts": ["c"]}\n')
+    expected = (
+        "answers is missing and may have another name: columns.answers=answer; there are question, answer, contexts"
+    )
+    _, report = read_examples(SourceConfig(path=str(path)), SKIP)
+    assert report.examples == {"missing field": expected}
+    with pytest.raises(DataError, match=expected):
+        read_examples(SourceConfig(path=str(path)), REFUSE)
+    path.write_text('{"reply": "a"}\n')
+    with pytest.raises(DataError, match=r"query is missing .* columns.query=COLUMN; there are reply"):
+        read_examples(SourceConfig(path=str(path)), REFUSE)
+
+
+def test_a_long_cell_makes_its_row_bad_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"query,answers,text\nq,a,short\nq,a,{'long ' * 40_000}\nr,a,short\n")
+    examples, report = read_examples(SourceConfig(path=str(path)), ReadPolicy(max_passage_chars=20_000))
+    assert [example.query for example in examples] == ["q", "r"]
+    assert report.lines == {"over-long passage": [3]}
+
+
 def test_a_column_may_be_missing_from_some_records(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"q": "one", "answers": ["a"]}\n{"q": "two", "answers": ["b"], "teacher": "c"}\n')

@@ -182,13 +182,33 @@ def test_bad_rows_are_counted_and_skipped_or_refused(
 
 
 @pytest.mark.parametrize(("mode", "limit"), [("text", 130), ("hybrid", 130), ("compressed", 106)])
-def test_long_prompts_are_skipped_and_counted(tiny_llama: Path, tmp_path: Path, mode: str, limit: int) -> None:
+def test_long_prompts_are_skipped_and_counted(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, limit: int
+) -> None:
     data = {"modes": {mode: 1.0}, "prompt_tokens": limit}
     config = write_run(tmp_path, settings(tiny_llama, data=data))
     assert train(config, tmp_path / "out") == 0
     skipped = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())["skipped"]
     assert 0 < skipped < 12
+    assert (
+        f"of 12 examples looked at cannot be read, or not in data.prompt_tokens {limit}; such"
+        in capsys.readouterr().out
+    )
     assert sum(line["skipped"] for line in read_metrics(tmp_path / "out")) == skipped
+
+
+@pytest.mark.parametrize("changes", [{}, {"empty_share": 0.5}])
+def test_a_run_all_of_whose_examples_would_be_skipped_is_refused_before_it_begins(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama, data={"prompt_tokens": 10} | changes))
+    assert train(config, tmp_path / "out") == 1
+    assert (
+        "of 12 examples looked at cannot be read, or not in data.prompt_tokens 10; give more" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert train(config, tmp_path / "ranking", "loss.answer=0", "loop.max_steps=1") == 0  # reads no prompt
+    assert "looked at" not in capsys.readouterr().out
 
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool]) -> None:
