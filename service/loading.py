@@ -83,7 +83,9 @@ def check_device(device: str) -> None:
             f"device: {device} is asked for, but torch finds no GPU: see that `nvidia-smi` lists one, {other}"
         )
     if int(device.partition(":")[2] or 0) >= count:
-        raise ConfigError(f"device: {device} is asked for, but the last GPU here is cuda:{count - 1}: give that, {other}")
+        raise ConfigError(
+            f"device: {device} is asked for, but the last GPU here is cuda:{count - 1}: give that, {other}"
+        )
 
 
 def _take_graphs(model: Model, folder: Path, settings: Settings) -> None:
@@ -115,6 +117,12 @@ def load_to_serve(settings: Settings, folder: Path | None) -> Model:
     """
     model = load_model(settings, folder)
     warm_up(model)
+    if settings.generator_url and model.config.generator.lora is not None:
+        log.warning(
+            "this checkpoint's adapter is not merged: the vLLM server has to serve the `generator` folder that "
+            "`python -m training export <this checkpoint> <another folder> --merge` writes",
+            extra={"checkpoint": model.name},
+        )
     if settings.generator_url and model.golden is not None:
         keep_compressor(model)
     return model
