@@ -1,6 +1,7 @@
 """`python -m service`: the command that starts the service. Every setting is also a flag."""
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import SecretStr, ValidationError
 
 from core.errors import ScaledownError
+from service.exit_status import FAULT, SETTINGS, refuse_start
+from service.listening import bind
 from service.logs import configure_logging, take_over
 from service.settings import PREFIX, Settings, check_environment, check_keys, explain
 from service.tracing import configured
 
 if TYPE_CHECKING:
     from service.checkpoints import CheckpointControl
+
+
+log = logging.getLogger(__name__)
 
 
 def _is_secret(kind: Any) -> bool:
@@ -75,22 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configured(settings)
     except (ValidationError, ScaledownError) as error:
         print(explain(error), file=sys.stderr)
-        return 2
+        return SETTINGS
     configure_logging(settings.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to follow a link with, it would kill
+    try:
+        sockets = bind(settings.host, settings.port)
+    except ScaledownError as error:
+        return refuse_start(error)
     if settings.workers > 1:
         from service.supervisor import supervise
 
-        return supervise(settings, flags)
+        return supervise(settings, flags, sockets)
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # one process keeps its metrics in memory
-    serve(settings)
-    return 0
+    return serve(settings, sockets)
 
 
-def serve(
-    settings: Settings, checkpoints: "CheckpointControl | None" = None, sockets: list[socket.socket] | None = None
-) -> None:
-    """Serve in this process until told to stop. Several workers share `sockets`, and who decides on `checkpoints`."""
+def serve(settings: Settings, sockets: list[socket.socket], checkpoints: "CheckpointControl | None" = None) -> int:
+    """Serve in this process until told to stop; the exit status. Workers share who decides on `checkpoints`."""
     # Late: --help should not take seconds. Every line of the log is JSON, also torch's, which what follows may cause.
     import torch  # noqa: F401  # sets up its log when it is imported
 
@@ -101,7 +108,14 @@ def serve(
     from service.server import Server
 
     disable_progress_bar()
-    Server(create_app(settings, checkpoints=checkpoints), settings).run(sockets)
+    try:
+        Server(create_app(settings, checkpoints=checkpoints), settings).run(sockets)
+    except ScaledownError as error:
+        return refuse_start(error)
+    except Exception:
+        log.critical("the service ends by a fault of its own", exc_info=True)
+        return FAULT
+    return 0
 
 
 if __name__ == "__main__":

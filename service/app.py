@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import difflib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette._utils import get_route_path  # the path as routes see it
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -20,7 +22,7 @@ from service.checkpoints import CheckpointControl, Checkpoints
 from service.dialects import openai, rerank
 from service.dialects.errors import DialectErrors
 from service.engine import Engine
-from service.errors import JSONError, error_body, error_response, plain_response, validation_error
+from service.errors import NOTHING_HERE, JSONError, error_body, error_response, plain_response, validation_error
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, HeadAsGet, RequestContext
 from service.settings import Settings
@@ -28,8 +30,11 @@ from service.tracing import Tracing, open_tracing
 from service.versions import Versions
 
 log = logging.getLogger(__name__)
+MAX_PATH_CHARS = 100  # that are compared: no path of ours is as long
 ROUTERS = (health.router, routes.router, rerank.router, openai.router, admin.router, web_page.router)
-MESSAGES = {404: "there is nothing at this path", 405: "this path does not take this method"}
+PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
+# Those that everybody may know of; /admin is absent without its key.
+PUBLIC_PATHS = sorted(path for path in PATHS if "{" not in path and not path.startswith("/admin"))
 
 
 def create_app(
@@ -60,7 +65,9 @@ def create_app(
         if metrics.shared:
             tasks.append(asyncio.create_task(health.publish_gauges(engine)))
         try:
-            await _start(app.state.checkpoints, Versions(engine, settings), model)
+            versions = Versions(engine, settings)
+            first = await versions.start(model, await app.state.checkpoints.first_folder())
+            await app.state.checkpoints.join(versions, first)
             if settings.watch_seconds and checkpoints is None:
                 tasks.append(asyncio.create_task(own.watch()))
             yield
@@ -94,17 +101,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, tracing:
     app.add_middleware(Authentication, keys=KeyRing(settings.api_keys, settings.admin_key))
     app.add_middleware(DialectErrors)
     app.add_middleware(HeadAsGet)
-    paths = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
-    app.add_middleware(RequestContext, metrics=metrics, paths=paths, tracing=tracing)
-
-
-async def _start(checkpoints: CheckpointControl, versions: Versions, model: Model | None) -> None:
-    try:
-        first = await versions.start(model, await checkpoints.first_folder())
-        await checkpoints.join(versions, first)
-    except ScaledownError as error:
-        log.critical("the service cannot start", extra={"reason": error.message})
-        raise
+    app.add_middleware(RequestContext, metrics=metrics, paths=PATHS, tracing=tracing)
 
 
 def _exit() -> None:
@@ -127,8 +124,18 @@ def _handle_errors(app: FastAPI, settings: Settings) -> None:
         return JSONError(validation_error(error.errors(), error.body), 422)
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
+    async def refused(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's word for what its parser could not read
             return JSONError(error_body("invalid_json", "the body cannot be read as JSON in UTF-8", "body"), 422)
-        message = MESSAGES.get(error.status_code, str(error.detail))
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = _nothing_at(get_route_path(request.scope))
+        elif error.status_code == 405:
+            message = "this path does not take this method"
         return plain_response(error.status_code, message, error.headers)
+
+
+def _nothing_at(path: str) -> str:
+    """What to say of a path that is not there: where all are, and the one that was meant if that is plain."""
+    near = difflib.get_close_matches(path[:MAX_PATH_CHARS], PUBLIC_PATHS, n=1, cutoff=0.75)
+    return NOTHING_HERE + (f" (did you mean {near[0]}?)" if near else "")

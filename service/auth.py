@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from service.errors import JSONError, plain_response
+from service.errors import NOTHING_HERE, JSONError, plain_response
 
-OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/metrics", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/openapi.json"})
 OPEN_FOLDER = "/page/"  # the web page's own files: it has to be there before it can ask for a key
 HASHED = "sha256:"
 
@@ -25,7 +25,7 @@ class KeyRing:
         """The refusal of a request, or None where it may pass. `path` is what routes see: without any `root_path`."""
         if path == "/admin" or path.startswith("/admin/"):
             if not self._admin:
-                return plain_response(404, "there is nothing at this path")
+                return plain_response(404, NOTHING_HERE)
             return self._check(headers, self._admin)
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER) or not self._api:
             return None

@@ -44,10 +44,20 @@ class NotReadyError(ScaledownError):
     code = "not_ready"
 
 
+class PortError(ScaledownError):
+    """The port is in use."""
+
+    code = "port"
+
+
 class GeneratorUnavailableError(ScaledownError):
-    """The server that writes the answers is away, or cannot be used."""
+    """The server that writes the answers is away, or cannot be used; `reason` is for the operator's log only."""
 
     code = "generator_unavailable"
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class UnsupportedError(ScaledownError):
@@ -79,6 +89,7 @@ class ErrorResponse(BaseModel):
 
 
 CLIENT_LEFT = 499  # nobody reads it: the number that proxies log for this
+NOTHING_HERE = "there is nothing at this path: see /openapi.json"
 OTHER_THAN_TEXT = "<object>"  # tag of what a union takes beside texts
 STATUS_CODES = {
     400: "bad_request",

@@ -31,8 +31,12 @@ async def livez(request: Request) -> Response:
 
 
 @router.get("/readyz", responses=NOT_NOW)
+@router.get("/health", responses=NOT_NOW)
 async def readyz(request: Request) -> Response:
-    """200 once the model is loaded and warm, and as long as requests are taken; else 503 and the reason."""
+    """200 once the model is loaded and warm, and as long as requests are taken; else 503 and the reason.
+
+    `/health` is `/readyz` by the name that vLLM, SGLang and TEI have for it.
+    """
     engine: Engine = request.app.state.engine
     trouble = worker_trouble(engine)
     if trouble or not engine.ready or engine.active is None:

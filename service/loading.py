@@ -40,6 +40,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    check_device(settings.device)
     if settings.quantize is not None and settings.accelerator != "eager":
         raise ConfigError(f"quantize: the graphs of accelerator {settings.accelerator} are not quantised; drop one")
     folder = folder or configured_folder(settings)
@@ -65,6 +66,26 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
             extra={"checkpoint": model.name},
         )
     return model
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before anything is loaded. Raises ConfigError that says what to do."""
+    if not device.startswith("cuda"):
+        return
+    other, count = "or give --device cpu", torch.cuda.device_count()
+    if not torch.backends.cuda.is_built():
+        raise ConfigError(
+            f"device: {device} is asked for, but this torch has no CUDA ({torch.__version__}): install a CUDA build, "
+            f"`make clean && make setup TORCH_INDEX=`, {other}"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device: {device} is asked for, but torch finds no GPU: see that `nvidia-smi` lists one, {other}"
+        )
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ConfigError(
+            f"device: {device} is asked for, but the last GPU here is cuda:{count - 1}: give that, {other}"
+        )
 
 
 def _take_graphs(model: Model, folder: Path, settings: Settings) -> None:
@@ -96,6 +117,12 @@ def load_to_serve(settings: Settings, folder: Path | None) -> Model:
     """
     model = load_model(settings, folder)
     warm_up(model)
+    if settings.generator_url and model.config.generator.lora is not None:
+        log.warning(
+            "this checkpoint's adapter is not merged: the vLLM server has to serve the `generator` folder that "
+            "`python -m training export <this checkpoint> <another folder> --merge` writes",
+            extra={"checkpoint": model.name},
+        )
     if settings.generator_url and model.golden is not None:
         keep_compressor(model)
     return model

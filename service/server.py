@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import termios
 from collections.abc import Coroutine
@@ -17,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.listening import address_error
 from service.settings import Settings
 from service.streaming import SLOW_READER_SECONDS
 
@@ -130,6 +132,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
+            lifespan="off",  # `startup` runs it, which lets an error pass: uvicorn would print all of its traceback
             host=settings.host,
             port=settings.port,
             http=PatientProtocol,
@@ -148,17 +151,35 @@ class Server(uvicorn.Server):
         self._drain_seconds = settings.drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # a task that nobody holds may be collected
+        self._lifespan = contextlib.AsyncExitStack()
 
-    async def startup(self, sockets: Any = None) -> None:
-        """Start as usual, then listen for SIGHUP."""
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then listen. Raises what the application does, and PortError."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process that was being started at the same time was sooner
+            await self._lifespan.aclose()
+            raise address_error(error, self.config.host, self.config.port) from None
+        for shared in sockets or ():
+            shared.listen(BACKLOG)  # what the kernel queues is another matter than what asyncio takes at a time
+            host, port = shared.getsockname()[:2]
+            log.info("listening", extra={"host": host, "port": port})
+        self.settle()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop as usual, then the application, unless nobody wants to wait for it."""
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await self._lifespan.aclose()
+
+    def settle(self) -> None:
+        """Once it serves, in a process of its own: tidy up, and listen for SIGHUP."""
         # Libraries and the model are hundreds of thousands of objects: to look through them again and again would hold
         # up every request for tenths of a second. A version that is unloaded later has no cycles, and is freed anyway.
         gc.collect()
         gc.freeze()
-        for shared in sockets or ():
-            shared.listen(BACKLOG)  # what the kernel queues is another matter
         signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from service.channel import Channel, Handler
 from service.checkpoints import Checkpoint, Checkpoints
+from service.exit_status import REFUSED, SETTINGS
 from service.metrics import Metrics
 from service.settings import Settings
 from service.shared_metrics import VARIABLE, clear, forget_worker, note_worker, share_metrics
@@ -51,14 +52,16 @@ class RemoteReplica:
 class Supervisor:
     """Keeps `settings.workers` processes running. `flags` is the command line they get."""
 
-    def __init__(self, settings: Settings, flags: Sequence[str], metrics_folder: Path) -> None:
+    def __init__(
+        self, settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket], metrics_folder: Path
+    ) -> None:
         metrics = Metrics()
         self._settings = settings
         self._flags = flags
         self._folder = metrics_folder
         self._exits = metrics.worker_exits
         self._checkpoints = Checkpoints(settings, lambda result: metrics.swaps.labels(result).inc())
-        self._listener = bind(settings.host, settings.port)
+        self._listeners = listeners  # each worker has them: the kernel hands a connection to one that accepts it
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
@@ -72,11 +75,12 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, lambda: self._start_task(self._checkpoints.follow_link()))
         if self._settings.watch_seconds:
             self._start_task(self._checkpoints.watch())
-        host, port = self._listener.getsockname()[:2]
+        host, port = self._listeners[0].getsockname()[:2]
         log.info("starting workers", extra={"workers": self._settings.workers, "host": host, "port": port})
         keepers = [asyncio.create_task(self._keep(number)) for number in range(self._settings.workers)]
         await self._stopping.wait()
-        self._listener.close()  # with the last worker's, so that a client is refused and does not wait in vain
+        for listener in self._listeners:  # with the last worker's: a client is refused and does not wait in vain
+            listener.close()
         _, late = await asyncio.wait(keepers, timeout=self._settings.drain_seconds + GRACE_S)
         if late:
             log.error("workers did not stop in time and are killed", extra={"workers": len(late)})
@@ -95,7 +99,8 @@ class Supervisor:
             if self._stopping.is_set():
                 self._status = self._status or (abs(status) if joined else 0)
             elif not joined and not self._checkpoints.replicas:
-                log.critical("no worker can start", extra={"worker": number, "status": status})
+                if status not in (SETTINGS, REFUSED):  # then it has said why
+                    log.critical("no worker can start", extra={"worker": number, "status": status})
                 self._status = abs(status) or 1
                 self._stop(signal.SIGTERM)
             else:
@@ -129,12 +134,12 @@ class Supervisor:
     async def _start_worker(self, number: int) -> tuple[asyncio.subprocess.Process, socket.socket]:
         """A new process and our end of the connection to it. Raises OSError."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "service.worker_process", str(number)]
-        descriptors = (self._listener.fileno(), theirs.fileno())
+        listeners = [listener.fileno() for listener in self._listeners]
+        command = [sys.executable, "-m", "service.worker_process", str(number), ",".join(map(str, listeners))]
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *command, *map(str, descriptors), *self._flags, pass_fds=descriptors
+                    *command, str(theirs.fileno()), *self._flags, pass_fds=(*listeners, theirs.fileno())
                 )
             except OSError:
                 ours.close()
@@ -188,30 +193,19 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket for all workers. It does not listen yet: the port opens when the first worker is ready."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    return listener
-
-
-def supervise(settings: Settings, flags: Sequence[str]) -> int:
+def supervise(settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket]) -> int:
     """Run several workers until told to stop; the exit status. The folder of their metrics is made and removed here."""
     given = os.environ.get(VARIABLE)
     folder = Path(given) if given else Path(tempfile.mkdtemp(prefix="scaledown-metrics-"))
     clear(folder)
     share_metrics(folder, "supervisor")
     try:
-        return asyncio.run(_run(settings, flags, folder))
+        return asyncio.run(_run(settings, flags, listeners, folder))
     finally:
         clear(folder)
         if not given:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _run(settings: Settings, flags: Sequence[str], folder: Path) -> int:
-    return await Supervisor(settings, flags, folder).run()
+async def _run(settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket], folder: Path) -> int:
+    return await Supervisor(settings, flags, listeners, folder).run()

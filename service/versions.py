@@ -9,14 +9,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.checkpoint import COMPRESSOR, MERGED
 from core.errors import BaseModelError, CheckpointError, ConfigError
 from core.manifest import MANIFEST, read_version
 from core.model import Model
+from core.tensor_files import read_header
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
 from service.errors import GeneratorUnavailableError
 from service.free_memory import free_bytes
-from service.loading import configured_folder, load_to_serve, warm_up
+from service.loading import compute_dtype, configured_folder, load_to_serve, warm_up
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,15 +36,22 @@ class Versions:
         self._wanted: tuple[str, ...] = ()
 
     async def start(self, model: Model | None, folder: Path | None) -> Checkpoint:
-        """Load (unless given) and warm up the first version. Raises what the load raises."""
+        """Load (unless given) and warm up the first version. Raises what the load raises, and CheckpointError.
+
+        `max_model_bytes` bounds it too, and only that: what is free now, unlike at a swap, is all for this version.
+        """
         loop = asyncio.get_running_loop()
         if model is None:
             folder = folder or configured_folder(self._settings)
+            if folder is not None and (limit := self._settings.max_model_bytes):
+                self._check_room(folder.name, least_bytes(self._settings, folder), limit)
             model = await loop.run_in_executor(None, load_to_serve, self._settings, folder)
         else:
             await loop.run_in_executor(None, warm_up, model)
         with contextlib.suppress(GeneratorUnavailableError):  # /readyz says so until it is there
             await self._add(model)
+        if folder is not None and (limit := self._settings.max_model_bytes):
+            self._check_room(folder.name, model_bytes(model), limit)  # the base model is counted only here
         return Checkpoint(model.name, folder)
 
     async def prepare(self, folder: Path | None, version: str | None) -> str:
@@ -110,11 +119,13 @@ class Versions:
         sizes = [model_bytes(version.model) for version in self._loaded.values()]
         needed = int(LOADING_FACTOR * max([_file_bytes(folder), *sizes]))
         limit = self._settings.max_model_bytes
-        free = limit - sum(sizes) if limit else free_bytes()
+        self._check_room(folder.name, needed, limit - sum(sizes) if limit else free_bytes(), sum(sizes))
+
+    def _check_room(self, name: str, needed: int, free: int, loaded: int = 0) -> None:
         if needed > free:
             raise CheckpointError(
-                f"{folder.name}: needs about {needed >> 20} MiB beside the {sum(sizes) >> 20} MiB that are loaded, "
-                f"and {max(0, free) >> 20} MiB are free"
+                f"{name}: needs about {needed >> 20} MiB beside the {loaded >> 20} MiB that are loaded, "
+                f"and {max(0, free) >> 20} MiB are free: see max_model_bytes"
             )
 
 
@@ -137,6 +148,14 @@ def model_bytes(model: Model) -> int:
     """Bytes of a model's weights in memory."""
     parameters = [*model.generator.parameters(), *model.compressor.parameters()]
     return sum(parameter.nbytes for parameter in parameters)
+
+
+def least_bytes(settings: Settings, folder: Path) -> int:
+    """What the weights in `folder` will take at least, by the headers of their files. Raises CheckpointError."""
+    kept = [COMPRESSOR] if settings.generator_url else [COMPRESSOR, f"{MERGED}/model.safetensors"]
+    headers = [read_header(folder / name) for name in kept if (folder / name).is_file()]
+    size = 1 if settings.quantize is not None else compute_dtype(settings, folder).itemsize
+    return size * sum(shape.numel() for header in headers for shape, _ in header.values())
 
 
 def _file_bytes(folder: Path) -> int:

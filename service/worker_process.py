@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     from service.__main__ import read_settings, serve
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor's; a terminal that closes sends it to everybody
-    number, listener, connection, *flags = arguments
+    number, listeners, connection, *flags = arguments
     share_metrics(Path(os.environ[VARIABLE]), number)  # before anything that makes metrics is imported
     settings = read_settings(flags)
     configure_logging(settings.log_level, worker=int(number))
@@ -99,8 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     share = max(1, (settings.threads or torch.get_num_threads()) // settings.workers)
     settings = settings.model_copy(update={"threads": share})
     control = SupervisedCheckpoints(socket.socket(fileno=int(connection)))
-    serve(settings, control, [socket.socket(fileno=int(listener))])
-    return 0
+    return serve(settings, [socket.socket(fileno=int(each)) for each in listeners.split(",")], control)
 
 
 if __name__ == "__main__":

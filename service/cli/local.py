@@ -6,10 +6,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
-import uvicorn
 from pydantic import ValidationError
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,9 +24,8 @@ START_SECONDS = 60
 class ThreadServer(Server):
     """The service's server in a thread: only a process's main thread may listen for signals."""
 
-    async def startup(self, sockets: Any = None) -> None:
-        """Start as usual."""
-        await uvicorn.Server.startup(self, sockets)
+    def settle(self) -> None:
+        """Nothing: the process is another's."""
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ class VllmEngine:
         self._trouble = NOT_REACHED
         self._verified_after = NEVER  # outages of the server, when it was last seen to have our weights
         self._failures_known = 0  # of the server, at that time
+        self._logged = ""  # why it is away, as the log has it; nothing while it is there
         self._model = model
         self._golden_request: GoldenRequest | None = None
         self._server = server
@@ -81,12 +82,21 @@ class VllmEngine:
         except (GeneratorUnavailableError, OverloadedError) as error:
             if self.trouble is not None:
                 self._trouble = error.message
+                self._log_away(error)
             raise GeneratorUnavailableError(error.message) from None
         except (CheckpointError, EngineError) as error:
             if self._trouble != NOT_OURS:
-                log.error("the generator is refused", extra={"reason": error.message})
-            self._trouble = NOT_OURS
+                log.error("the generator is refused", extra={"url": self._server.url, "reason": error.message})
+            self._trouble, self._logged = NOT_OURS, ""
             raise CheckpointError(error.message) from None
+
+    def _log_away(self, error: GeneratorUnavailableError | OverloadedError) -> None:
+        """Once for each state, not once for each look."""
+        if self._logged != error.message:
+            reason = error.reason if isinstance(error, GeneratorUnavailableError) else error.message
+            extra = {"checkpoint": self._model.name, "url": self._server.url, "reason": reason}
+            log.warning("no answers can be written: the generator is away", extra=extra)
+        self._logged = error.message
 
     async def _verify_weights(self) -> None:
         outages, failures = self._server.outages, self._server.failures
@@ -97,7 +107,9 @@ class VllmEngine:
                 self._server.away()  # for other versions, too
             raise
         if self.trouble is not None:
-            log.info("the generator has this checkpoint's weights", extra={"checkpoint": self._model.name})
+            extra = {"checkpoint": self._model.name, "url": self._server.url}
+            log.info("the generator is there and has this checkpoint's weights", extra=extra)
+            self._logged = ""
         self._verified_after, self._failures_known, self._trouble = outages, failures, UNREACHABLE
 
     async def _ask_golden(self) -> None:

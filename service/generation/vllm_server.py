@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -51,6 +52,11 @@ class VllmServer:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.max_requests),
         )
 
+    @property
+    def url(self) -> str:
+        """Where it is. The setting takes no credentials in it."""
+        return str(self._client.base_url)
+
     async def aclose(self) -> None:
         """Let go of the connections."""
         await self._client.aclose()
@@ -59,7 +65,7 @@ class VllmServer:
         """Ask what is served. Raises GeneratorUnavailableError, and EngineError for a model that is not there."""
         response = await self._ask("GET", "models", None)
         if response.status_code != 200:
-            raise self.failed(_status(response))
+            raise self.failed(_status(response), _reason(response))
         self.model, self.max_tokens = parse_models(response.text, self._wanted)
 
     async def probe(self) -> None:
@@ -72,7 +78,7 @@ class VllmServer:
             response = await self._ask("GET", f"{root}/health", None)
         except GeneratorUnavailableError as error:
             self._late += 1
-            raise (self.away(error.message) if self._late >= LATE_PROBES else error) from None
+            raise (self.away(error.message, error.reason) if self._late >= LATE_PROBES else error) from None
         self._late = 0
         if response.status_code != 200:
             raise self.away(_status(response))
@@ -120,19 +126,19 @@ class VllmServer:
         except httpx.HTTPError as error:
             raise self._unavailable(error) from None
 
-    def away(self, message: str = UNREACHABLE) -> GeneratorUnavailableError:
+    def away(self, message: str = UNREACHABLE, reason: str = "") -> GeneratorUnavailableError:
         """Note an outage; the error to raise."""
         self.outages += 1
-        return GeneratorUnavailableError(message)
+        return GeneratorUnavailableError(message, reason)
 
-    def failed(self, message: str) -> GeneratorUnavailableError:
+    def failed(self, message: str, reason: str = "") -> GeneratorUnavailableError:
         """Note the failure of one request, which may be the request's own fault; the error to raise."""
         self.failures += 1
-        return GeneratorUnavailableError(message)
+        return GeneratorUnavailableError(message, reason)
 
     def _unavailable(self, error: httpx.HTTPError) -> GeneratorUnavailableError:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-            return self.away()
+            return self.away(reason=_first_cause(error))
         stuck = isinstance(error, httpx.ReadTimeout)
         return self.failed("the generator makes no progress" if stuck else "the generator broke the connection")
 
@@ -148,11 +154,30 @@ class VllmServer:
             return OverloadedError("the generator has no room", float(wait) if wait.isdecimal() else 5.0)
         if response.status_code in (400, 422):
             return EngineError(f"the generator refused the prompt: {said}")
-        return self.failed(_status(response))
+        return self.failed(_status(response), _reason(response))
+
+
+def _first_cause(error: BaseException) -> str:
+    """Why a connection failed, by what the system said: httpx says only that all attempts did."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]  # one for each address of the name
+        elif (cause := error.__cause__ or error.__context__) is not None:
+            error = cause
+        elif isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+            return os.strerror(error.errno)  # asyncio has words of its own, with the address again
+        else:
+            return str(error) or type(error).__name__
 
 
 def _status(response: httpx.Response) -> str:
     return f"the generator answers with status {response.status_code}"
+
+
+def _reason(response: httpx.Response) -> str:
+    """The same for the operator, with the way out."""
+    wants_key = response.status_code in (401, 403)
+    return _status(response) + (": set SCALEDOWN_GENERATOR_KEY to a key that it takes" if wants_key else "")
 
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:

@@ -7,7 +7,7 @@ const EVERY_MS = 5000;
 const AGAIN_MS = 30000; // after a reading failed
 const KEPT = 120; // readings: ten minutes of them
 // What looks after the service and this page, not what it is asked for.
-const OWN_ROUTES = /^(\/|\/page\/.*|\/docs|\/openapi\.json|\/livez|\/readyz|\/metrics|other)$/;
+const OWN_ROUTES = /^(\/|\/page\/.*|\/docs|\/openapi\.json|\/livez|\/readyz|\/health|\/metrics|other)$/;
 
 /** Values between two readings, `seconds` apart. null: nothing happened that has a value. */
 export function measure(before, now, seconds) {

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -189,14 +190,40 @@ def test_the_demo_shows_all_modes_and_stops(
         assert text in shown
 
 
-def test_a_broken_checkpoint_ends_the_start_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+def refused(*flags: str, command: Sequence[str] = ("-m", "service"), **values: str) -> tuple[int, list[str]]:
+    """The exit status of a service that cannot start, and its log but for what is only news."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SCALEDOWN_")}
+    environment = inherited | {f"SCALEDOWN_{name.upper()}": value for name, value in values.items()}
     result = subprocess.run(
-        [sys.executable, "-m", "service", "--checkpoint", str(tmp_path / "empty"), "--port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, *command, *flags], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert result.returncode != 0
-    assert "manifest.json is missing" in result.stderr
+    lines = result.stderr.splitlines()
+    return result.returncode, [line for line in lines if '"level": "info"' not in line]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_broken_checkpoint_ends_the_start_with_the_reason(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "empty").mkdir()
+    status, lines = refused("--checkpoint", str(tmp_path / "empty"), "--port", "0", "--workers", workers)
+    assert status == 3
+    assert 1 <= len(lines) <= int(workers), lines  # each worker for itself
+    for line in lines:
+        assert json.loads(line)["message"] == "the service cannot start"
+        assert "manifest.json is missing" in json.loads(line)["reason"]
+
+
+def test_a_device_that_is_not_there_ends_the_start_as_a_wrong_setting(root: Path) -> None:
+    status, [line] = refused("--device", "cuda:99", checkpoint=str(root / "first"), port="0")
+    assert status == 2
+    assert json.loads(line)["reason"].startswith("device: cuda:99 is asked for")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_port_in_use_is_said_before_the_model_is_loaded(root: Path, workers: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, [line] = refused(command=("-c", LARGE), checkpoint=str(root / "first"), port=str(port), workers=workers)
+    assert status == 3
+    assert json.loads(line)["reason"] == (
+        f"port: {port} is in use on 127.0.0.1: stop what listens there or give --port"
+    )

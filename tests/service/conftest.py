@@ -1,7 +1,6 @@
 """A real server on a real socket, in a thread of the test process, around a tiny model."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from core.checkpoint import save_checkpoint
@@ -56,8 +54,8 @@ def root(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class InThread(Server):
     """The service's server; only a process's main thread may listen for signals."""
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await uvicorn.Server.startup(self, sockets)
+    def settle(self) -> None:
+        pass
 
 
 @contextlib.contextmanager

@@ -16,8 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from core.checkpoint import load_checkpoint
+from core.errors import CheckpointError
 from service.app import create_app
-from service.versions import version_of
+from service.loading import load_model
+from service.versions import model_bytes, version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error
 from tests.service.conftest import make_settings, serve_app
 
@@ -242,10 +244,27 @@ def test_a_broken_checkpoint_changes_nothing_and_says_why(
 
 
 def test_memory_is_checked_before_loading(root: Path) -> None:
-    with serve_checkpoint(root / "first", max_model_bytes=1000) as client:
+    one = model_bytes(load_model(make_settings(checkpoint=root / "first")))
+    with serve_checkpoint(root / "first", max_model_bytes=one) as client:
         response = change(client, "activate", "second")
         assert response.status_code == 409
         assert "MiB" in error(response)["message"]
+    # What the base model adds is known once it is loaded, what is in the folder before.
+    for limit in (one - 1, 1000):
+        with pytest.raises(CheckpointError, match=r"^first: needs about .* MiB are free: see max_model_bytes"):
+            asyncio.run(start(checkpoint=root / "first", max_model_bytes=limit))
+
+
+def test_the_first_checkpoint_is_refused_before_it_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.versions.load_to_serve", lambda *_: pytest.fail("it is loaded"))
+    with pytest.raises(CheckpointError, match="max_model_bytes"):
+        asyncio.run(start(checkpoint=root / "first", max_model_bytes=1000))
+
+
+async def start(**values: object) -> None:
+    app = create_app(make_settings(**values))
+    async with app.router.lifespan_context(app):
+        pass
 
 
 def test_embeddings_of_another_version_are_refused(root: Path) -> None:

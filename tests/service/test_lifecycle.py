@@ -48,8 +48,35 @@ def test_health(client: httpx.Client) -> None:
     }
 
 
+def test_health_is_readyz_by_another_name(client: httpx.Client) -> None:
+    assert client.get("/health").json() == client.get("/readyz").json()
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [("/answers", "/answer"), ("/answer/", "/answer"), ("/v1/chat/completion", "/v1/chat/completions"), ("/x", None)],
+)
+def test_a_path_that_is_not_there_leads_to_those_that_are(client: httpx.Client, path: str, near: str | None) -> None:
+    response = client.get(path)
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]  # under /v1/ in OpenAI's shape
+    assert message.startswith("there is nothing at this path: see /openapi.json")
+    assert ("did you mean" in message) == (near is not None)
+    assert near is None or f"did you mean {near}?" in message
+
+
 def test_head_is_answered_wherever_get_is(client: httpx.Client) -> None:
-    for path in ("/livez", "/readyz", "/metrics", "/", "/page/page.js", "/page/state", "/v1/models", "/openapi.json"):
+    for path in (
+        "/livez",
+        "/readyz",
+        "/health",
+        "/metrics",
+        "/",
+        "/page/page.js",
+        "/page/state",
+        "/v1/models",
+        "/openapi.json",
+    ):
         got, head = client.get(path), client.head(path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-type"] == got.headers["content-type"]
@@ -123,7 +150,7 @@ def test_a_worker_that_dies_is_noticed_within_seconds(serve: Serve) -> None:
         assert responses[0].status_code in (500, 503)
         error(responses[0])
         assert client.get("/livez").status_code == 503
-        assert client.get("/readyz").status_code == 503
+        assert client.get("/readyz").status_code == client.get("/health").status_code == 503
         assert client.post("/answer", json=LONG).status_code == 503
         assert died.wait(5)
 

@@ -53,3 +53,21 @@ def test_int8_and_compiled_graphs_exclude_each_other(root: Path) -> None:
     settings = make_settings(checkpoint=root / "first", quantize="int8", accelerator="jit")
     with pytest.raises(ConfigError, match="quantize: the graphs of accelerator jit"):
         load_model(settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "gpus", "message"),
+    [
+        ("cuda", False, 0, "this torch has no CUDA"),
+        ("cuda:1", True, 0, "torch finds no GPU"),
+        ("cuda:2", True, 2, "the last GPU here is cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, built: bool, gpus: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError, match=f"^device: {device} .*{message}.*--device cpu"):
+        load_model(make_settings(checkpoint=tmp_path / "missing", device=device))

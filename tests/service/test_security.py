@@ -31,7 +31,7 @@ def bearer(key: str) -> dict[str, str]:
 def test_keys_guard_everything_but_health(serve: Serve) -> None:
     hashed = "sha256:" + hashlib.sha256(OTHER.encode()).hexdigest()
     with serve(api_keys=f"{KEY},{hashed}") as client:
-        for path in ("/livez", "/readyz", "/metrics", "/openapi.json"):
+        for path in ("/livez", "/readyz", "/health", "/metrics", "/openapi.json"):
             assert client.get(path).status_code == 200
         refused = client.post("/rerank", json=BODY)
         assert refused.status_code == 401
@@ -69,7 +69,7 @@ def test_keys_are_asked_for_under_a_root_path_too(serve: Serve) -> None:
         assert client.get("/rag/admin/checkpoints", headers=bearer(KEY)).status_code == 404
     with serve(api_keys=KEY, admin_key=ADMIN) as client:
         client.app.root_path = "/rag"  # type: ignore[attr-defined]
-        for path in ("/livez", "/readyz", "/metrics", "/openapi.json", "/", "/page/page.js"):
+        for path in ("/livez", "/readyz", "/health", "/metrics", "/openapi.json", "/", "/page/page.js"):
             assert client.get(f"/rag{path}").status_code == 200
         for path in ("/rag/admin/checkpoints", "/admin/checkpoints", "/rag/admin", "/rag/admin/x"):
             assert client.get(path).status_code == 401

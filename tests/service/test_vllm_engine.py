@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -346,3 +347,35 @@ def test_the_model_can_be_named(serve: Serve, model: Model, vllm: VllmDouble, na
 def test_settings_that_contradict(values: dict[str, str]) -> None:
     with pytest.raises(ValidationError, match=r"engine|generator_url"):
         Settings.model_validate(values)
+
+
+def test_the_log_says_where_and_why_it_is_away_and_that_it_is_back(
+    serve: Serve, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.name == "service.generation.vllm_engine"]
+
+    vllm = VllmDouble(model.generator)
+    with caplog.at_level(logging.INFO), serve(generator_url=vllm.url) as client:
+        wait_for(lambda: outages(client) > 3)
+        with vllm.running():
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+        wait_for(lambda: len(said()) == 3)
+        assert [record.levelname for record in said()] == ["WARNING", "INFO", "WARNING"]
+        away = said()[0].__dict__
+        assert away["url"].rstrip("/") == vllm.url
+        assert "refused" in away["reason"]
+        unready = client.get("/readyz").text
+        assert "the generator cannot be reached" in unready
+        assert "127.0.0.1" not in unready
+
+
+def test_a_server_that_wants_a_key_is_told_from_one_that_is_away(
+    serve: Serve, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm = VllmDouble(model.generator)
+    vllm.refused = [401] * 1000
+    with vllm.running(), serve(generator_url=vllm.url):
+        pass
+    [reason] = [record.__dict__["reason"] for record in caplog.records if "is away" in record.message]
+    assert "401: set SCALEDOWN_GENERATOR_KEY" in reason
