@@ -28,7 +28,7 @@ from training.data_quality import DataError, ReadPolicy, ReadReport
 from training.dense import make_retriever
 from training.examples import Example, keep_found_answers
 from training.negatives import Collection, Retriever, without_passages
-from training.row_statistics import describe
+from training.row_statistics import describe, warn_without_positives
 from training.sources import SourceConfig, read_collection, read_examples
 from training.splits import bar_passages, cap, deduplicate, drop_held_out, positive_words, split_examples
 
@@ -282,21 +282,7 @@ def run(args: argparse.Namespace) -> None:
         if path is not None:
             write_rows(path, rows)
             log.info("%s: %s", path, describe(rows))
-    _warn_without_positives(config, [*prepared.train, *prepared.dev])
-
-
-def _warn_without_positives(config: PrepareConfig, rows: Sequence[Row]) -> None:
-    """Names the sources none of whose rows says which passage answers."""
-    for source in config.sources:
-        own = [row for row in rows if row.id.startswith(f"{source.label}/")]
-        if own and not any(passage.relevant for row in own for passage in row.passages):
-            log.warning(
-                "--source %s: none of its %d rows has a positive passage, which loss.relevance learns from; give "
-                "`positives` or columns.positives=COLUMN, `gold` or `relevance` of `passages`, or score them: `label "
-                "--reranker`",
-                source.path,
-                len(own),
-            )
+    warn_without_positives([source.label for source in config.sources], [*prepared.train, *prepared.dev])
 
 
 def _check_paths(config: PrepareConfig, args: argparse.Namespace) -> None:

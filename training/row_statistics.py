@@ -1,12 +1,15 @@
 """What a set of rows looks like, in numbers and as a table. Knows no files."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from training.answer_match import answer_words, contains, words
 from training.data_format import Row
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +80,17 @@ def describe(rows: Sequence[Row]) -> RowStatistics:
         titled_positives=float(np.mean(titled[True] or [False])),
         titled_others=float(np.mean(titled[False] or [False])),
     )
+
+
+def warn_without_positives(sources: Iterable[str], rows: Sequence[Row]) -> None:
+    """Name the sources, with which ids begin, none of whose rows says which passage answers."""
+    for source in sources:
+        own = [row for row in rows if row.id.startswith(f"{source}/")]
+        if own and not any(passage.relevant for row in own for passage in row.passages):
+            log.warning(
+                "source %s: none of its %d rows has a positive passage, which loss.relevance learns from; give "
+                "`positives` or columns.positives=COLUMN, `gold` or `relevance` of `passages`, or score them: `label "
+                "--reranker`",
+                source,
+                len(own),
+            )

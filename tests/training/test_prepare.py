@@ -227,7 +227,7 @@ def test_a_source_without_any_positive_is_warned_of(
     sources = ["--source", str(raw), "--source", str(unjudged)]
     assert main(["prepare", *sources, "--out", str(tmp_path / "train.jsonl")]) == 0
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert warning.startswith(f"--source {unjudged}: none of its 3 rows has a positive passage")
+    assert warning.startswith("source unjudged: none of its 3 rows has a positive passage")
     assert "columns.positives=COLUMN" in warning
 
 
