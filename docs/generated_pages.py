@@ -1,10 +1,12 @@
 """Pages that mkdocs writes while it builds: the HTTP API from the application's own OpenAPI document, and the settings.
 
-Nothing in them is typed by hand, so nothing in them can be out of date. Knows no models: none is loaded.
+Nothing in them is typed by hand, so nothing in them can be out of date. docker/README.md, which lies outside of docs/,
+becomes a page too. Knows no models: none is loaded.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,6 +17,7 @@ from service.app import create_app
 from service.settings import PREFIX, Settings
 
 Schema = Mapping[str, Any]
+CONTAINERS = "containers.md"
 REFERENCE = "#/components/schemas/"
 API_INTRO = """# HTTP API
 
@@ -34,14 +37,21 @@ variables only, because a list of processes shows flags. A variable that is miss
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages to those in the folder."""
     document = create_app(Settings()).openapi()
+    containers = Path(config.docs_dir).parent / "docker" / "README.md"
     contents = {
         "api.md": api_page(document),
         "openapi.json": json.dumps(document, indent=1),
         "settings.md": settings_page(),
+        CONTAINERS: containers.read_text(encoding="utf-8").replace("(../docs/", "("),
     }
     for name, content in contents.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to docker/README.md, as they are where a page lies, lead to its page."""
+    return markdown.replace("(../docker/README.md", f"({CONTAINERS}")
 
 
 def settings_page() -> str:
