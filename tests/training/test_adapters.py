@@ -83,7 +83,7 @@ def test_with_dropout_pefts_own_forward_runs() -> None:
     assert torch.equal(module(x), module(x))
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -93,7 +93,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 MOE = Qwen3MoeConfig(
-    **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1]
+    **SIZES | {"head_dim": 16}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1]
 )
 PHI3 = Phi3Config(**SIZES)
 GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=2048)
