@@ -109,7 +109,7 @@ def test_rows_longer_than_the_generator_reads_are_refused(tiny_llama: Path) -> N
 def test_the_longest_row_fits_the_encoder(tiny_llama: Path, tiny_bert: Path) -> None:
     # 3 special tokens + 64 of the query + 416 of the chunk + 28 slots + [RR] = 512, all that this BERT has.
     model = tiny_model(tiny_llama, tiny_bert, chunk_tokens=416, query_tokens=64, rates=(15,))
-    batch = batch_for(model, "the " * 100, (Passage(" the" * 416),))
+    batch = batch_for(model, "the " * 64, (Passage(" the" * 416),))
     assert batch.ids.shape[1] == 512
     assert model.compressor(batch, model.generator.embed).scores.isfinite().all()
 
@@ -132,7 +132,7 @@ def test_encoders_of_other_shapes(tiny_llama: Path, tiny_bert: Path, encoder_con
     model = tiny_model(tiny_llama, tiny_bert, chunk_tokens=80, query_tokens=23, rates=(4,))  # rows of up to 127
     compressor = EncoderCompressor(model.config.compressor, config, tokenizer, 64).eval()
     compressor.initialise_slots(torch.Generator().manual_seed(0))
-    batch = batch_for(model, "the " * 30, (Passage(" the" * 80), Passage("Bread.")))
+    batch = batch_for(model, "the " * 23, (Passage(" the" * 80), Passage("Bread.")))
     output = compressor(batch, model.generator.embed)
     assert output.memory.shape == (2, 20, 64)
     assert output.memory.isfinite().all()
