@@ -254,7 +254,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch, **environment: str) -> int:
     """Run fetch_base_model in this process, which has imported torch already; its exit status."""
     for name in [name for name in os.environ if name.startswith("SCALEDOWN_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("service.loading.SHIPPED", Path("no-shipped-checkpoint"))
+    monkeypatch.setattr("service.settings.SHIPPED", Path("no-shipped-checkpoint"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return int(runpy.run_path(str(DOCKER / "fetch_base_model.py"))["main"]())

@@ -153,13 +153,11 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_ways_out(client: httpx.Cli
 
 
 @pytest.mark.parametrize("mode", ["text", "compressed"])
-@pytest.mark.parametrize(("characters", "field"), [(5000, "query"), (2600, "max_new_tokens")])
-def test_a_query_that_leaves_no_room_is_refused_by_its_name(
-    client: httpx.Client, mode: Mode, characters: int, field: str
-) -> None:
-    body = {"query": "日" * characters, "passages": ["Bread."], "mode": mode, "max_new_tokens": 500}  # 3 tokens each
-    response = client.post("/answer", json=body)
-    assert (response.status_code, error(response)["field"]) == (413, field), response.text
+def test_a_query_over_the_compressors_budget_is_refused_by_its_name(client: httpx.Client, mode: Mode) -> None:
+    response = client.post("/answer", json={"query": "日" * 86, "passages": ["Bread."], "mode": mode})  # 3 tokens each
+    assert (response.status_code, error(response)["field"], error(response)["limit"]) == (413, "query", 256)
+    assert client.post("/rerank", json={"query": "日" * 86, "passages": ["Bread."]}).status_code == 413
+    assert client.post("/rerank", json={"query": "日" * 85, "passages": ["Bread."]}).status_code == 200
 
 
 def test_a_passage_may_be_one_token(client: httpx.Client) -> None:
