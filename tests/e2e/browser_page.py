@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -49,7 +50,9 @@ class Page:
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
 
     def wait(self, condition: Any) -> None:
-        WebDriverWait(self.browser, 60, poll_frequency=0.05).until(lambda _: condition())
+        # The page may draw itself anew between the finding of an element and the reading of it.
+        patient = WebDriverWait(self.browser, 60, 0.05, ignored_exceptions=[StaleElementReferenceException])
+        patient.until(lambda _: condition())
 
     def type(self, name: str, text: str) -> None:
         field = self[name]
