@@ -17,16 +17,6 @@ from core.prompts import Prompt, stack_prompts
 IDLE_FACTOR = 4  # an empty batch gives back slots that are this much more than what comes next needs
 
 
-def damaged_rows(logits: Tensor) -> list[int]:
-    """The rows of next logits `(n, V)` that are no numbers any more: so are keys and values that these rows hold.
-
-    Whoever keeps those replaces them by zeros. A row's next sequence is shown none of them, but a weight of 0 on a
-    value that is no number is none either.
-    """
-    rows: list[int] = (~logits.amax(-1).isfinite()).nonzero().squeeze(-1).tolist()
-    return rows
-
-
 class DecodePasses(Protocol):
     """Passes over rows that keep their keys and values; live rows are the first ones.
 
@@ -61,6 +51,9 @@ class DecodePasses(Protocol):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` over those of `target`."""
+
+    def forget(self, row: int) -> None:
+        """Zeros in place of the keys and values of `row`."""
 
 
 class TorchPasses:
@@ -113,9 +106,7 @@ class TorchPasses:
                 self._cache.clear()  # what did not fit is not kept for a smaller batch that may
             raise
         ends = torch.tensor([prompt.tokens for prompt in prompts], device=device) - 1 - shared
-        logits = generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])
-        self._cache.forget([first + row for row in damaged_rows(logits)])
-        return logits
+        return generator.next_logits(hidden[torch.arange(len(prompts), device=device), ends])
 
     def decode(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         """One forward pass over the slots where they lie."""
@@ -126,13 +117,15 @@ class TorchPasses:
             positions=positions[:, None],
             cache=self._cache,
         )
-        logits = self._generator.next_logits(hidden[:, 0])
-        self._cache.forget(damaged_rows(logits))
-        return logits
+        return self._generator.next_logits(hidden[:, 0])
 
     def move(self, source: int, target: int, length: int) -> None:
         """As the protocol has it."""
         self._cache.move(source, target, length)
+
+    def forget(self, row: int) -> None:
+        """As the protocol has it."""
+        self._cache.forget(row)
 
 
 @torch.inference_mode()

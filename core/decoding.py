@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from core.decode_passes import DecodePasses, TorchPasses
 from core.errors import CancelledError, OverloadedError, TooLargeError
@@ -166,6 +167,7 @@ class DecodeBatch:
         """Read prompts into the rows behind the live ones."""
         first = self.live
         logits = self._passes.prefill(first, prompts)  # (B, V)
+        self._forget_damaged(first, logits)
         lengths = [prompt.tokens for prompt in prompts]
         self._sampler.join(first, logits, lengths, [sequence.options for sequence in sequences])
         for row, sequence in enumerate(sequences, start=first):
@@ -175,7 +177,17 @@ class DecodeBatch:
     def _decode(self, rows: int) -> None:
         """One forward pass over the newest token of the first `rows` rows; their next logits."""
         width = max(sequence.tokens for sequence in self._sequences[:rows])
-        self._sampler.advance(self._passes.decode(self._sampler.tokens[:rows], self._sampler.positions[:rows], width))
+        logits = self._passes.decode(self._sampler.tokens[:rows], self._sampler.positions[:rows], width)  # (n, V)
+        self._forget_damaged(0, logits)
+        self._sampler.advance(logits)
+
+    def _forget_damaged(self, first: int, logits: Tensor) -> None:
+        """Of rows, from `first` on, whose next logits are no numbers any more, neither are the keys and values.
+
+        A row's next sequence is shown none of them, but a weight of 0 on a value that is no number is none either.
+        """
+        for row in (~logits.amax(-1).isfinite()).nonzero().squeeze(-1).tolist():
+            self._passes.forget(first + row)
 
     def _advance(self, sequence: Sequence, token_id: int) -> Event:
         stream = sequence.stream

@@ -6,7 +6,6 @@ decode step writes one position of each slot and attends to the slots where they
 from step to step.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +117,11 @@ class KVSlots(PassCache):
             if tensor is not None:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def forget(self, slots: Sequence[int]) -> None:
-        """Zeros in place of all that `slots` hold."""
-        for slot in slots:
-            for tensor in (*self._keys, *self._values):
-                if tensor is not None:
-                    tensor[slot] = 0
+    def forget(self, slot: int) -> None:
+        """Zeros in place of all that `slot` holds."""
+        for tensor in (*self._keys, *self._values):
+            if tensor is not None:
+                tensor[slot] = 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values `(n, kv_heads, T, head_dim)`; returns what to attend to.

@@ -100,13 +100,13 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     """
     model, groups, names = build_trainee(config, runtime)
     task.check(model)
-    check_examples(task, model, config)
     optimizer = torch.optim.AdamW(groups, betas=config.optimizer.betas)
     objective = Objective(model, config.loss, config.loop.row_batch_tokens, config.optimizer.compressor_dropout).train()
     progress = resume(folder, run_settings(config, model, runtime), optimizer, names, runtime)
     steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
     if progress.is_over(steps, config.loop.patience):
         return progress
+    check_examples(task, model, config)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")

@@ -26,7 +26,6 @@ from core.accelerators.generator_graph import (
     empty_cache,
     prefill_example,
 )
-from core.decode_passes import damaged_rows
 from core.generator import Generator
 from core.prompts import Prompt
 
@@ -92,9 +91,7 @@ class GraphPasses:
             self.read(row, prompt, choose_bucket(buckets, 1, prompt.tokens))
             for row, prompt in enumerate(prompts, start=first)
         ]
-        joined = torch.cat(logits)
-        self._forget([first + row for row in damaged_rows(joined)])
-        return joined
+        return torch.cat(logits)
 
     def read(self, row: int, prompt: Prompt, bucket: Bucket) -> Tensor:
         """Read one prompt into `row` by the graph of `bucket`; its next logits `(1, V)`."""
@@ -116,18 +113,17 @@ class GraphPasses:
         # and whatever stands there is replaced before it is ever seen.
         at = functional.pad(positions, (0, free), value=bucket.length - 1)  # (S,)
         logits, *self._cache = self._graphs.run(decode_name(bucket), embeddings, at, *self._cache)
-        self._forget(damaged_rows(logits[: len(tokens)]))
         return logits[: len(tokens)]
-
-    def _forget(self, rows: Sequence[int]) -> None:
-        for row in rows:
-            for tensor in self._cache:
-                tensor[row] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """As the protocol has it."""
         for tensor in self._cache:
             tensor[target, :, :length] = tensor[source, :, :length]
+
+    def forget(self, row: int) -> None:
+        """As the protocol has it."""
+        for tensor in self._cache:
+            tensor[row] = 0
 
 
 def compile_generator(

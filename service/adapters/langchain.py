@@ -53,7 +53,7 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """The relevant documents, best first. Raises ServiceError."""
-        documents = [document for document in documents if document.page_content.strip()]  # an image's has none
+        documents = _with_text(documents)
         if not documents:
             return []
         with self.connection.client() as client:
@@ -63,7 +63,7 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """The same, awaited."""
-        documents = [document for document in documents if document.page_content.strip()]  # an image's has none
+        documents = _with_text(documents)
         if not documents:
             return []
         async with self.connection.async_client() as client:
@@ -170,6 +170,11 @@ def ask(inputs: Mapping[str, Any]) -> list[BaseMessage]:
     """A chain's `question` and `documents` as what ChatScaleDown reads: wrap it in a RunnableLambda."""
     documents = [_plain(document) for document in inputs[DOCUMENTS]]
     return [HumanMessage(inputs["question"], additional_kwargs={DOCUMENTS: documents})]
+
+
+def _with_text(documents: Sequence[Document]) -> list[Document]:
+    """Those that can be read: an image's has no text."""
+    return [document for document in documents if document.page_content.strip()]
 
 
 def passage_of(document: Document | Mapping[str, Any] | str) -> Passage:
