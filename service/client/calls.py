@@ -41,43 +41,43 @@ FIRST_WAIT_S = 0.5
 
 
 class AnswerOptions(TypedDict, total=False):
-    """What `answer` and `stream` take beyond query and passages; what is left out has the service's default."""
+    """What `answer` and `stream` take beyond query and passages; left out or None: the service's default."""
 
-    mode: Mode
-    hybrid_top: int
-    max_prompt_tokens: int
-    min_relevance: float
-    rate: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: list[str]
-    explain: bool
-    timeout: float  # the request's deadline in the service, in seconds
+    mode: Mode | None
+    hybrid_top: int | None
+    max_prompt_tokens: int | None
+    min_relevance: float | None
+    rate: int | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: list[str] | None
+    explain: bool | None
+    timeout: float | None  # the request's deadline in the service, in seconds
 
 
 class CompressOptions(TypedDict, total=False):
     """What `compress` takes beyond query and passages."""
 
-    rate: int
-    dtype: Literal["float32", "float16"]
-    store: bool
-    explain: bool
-    timeout: float
+    rate: int | None
+    dtype: Literal["float32", "float16"] | None
+    store: bool | None
+    explain: bool | None
+    timeout: float | None
 
 
 class RerankOptions(TypedDict, total=False):
     """What `rerank` takes beyond query and passages."""
 
-    top_n: int
-    timeout: float
+    top_n: int | None
+    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """When to ask again after 429, 503 or a refused connection. All calls are safe to repeat.
+    """When to ask again after 429, 502, 503 or a refused connection. All calls are safe to repeat.
 
     attempts     how often to ask in all
     max_wait_s   longest wait; a service that asks for a longer one is not asked again
@@ -134,22 +134,24 @@ class Keys:
 
 def answer_call(query: str, passages: Passages, options: AnswerOptions) -> Call[Answer]:
     """Answer a query from passages."""
-    return Call("POST", "/answer", _reader(Answer), {**options, **_question(query, passages)})
+    if "stream" in options:  # an option elsewhere; its response would be none of an Answer
+        raise TypeError("stream: call `stream` for an answer in pieces")
+    return Call("POST", "/answer", _reader(Answer), _body(query, passages, options))
 
 
 def stream_call(query: str, passages: Passages, options: AnswerOptions) -> Call[Answer]:
     """The same as a stream: read its body with an `EventReader`."""
-    return Call("POST", "/answer", _reader(Answer), {**options, **_question(query, passages), "stream": True})
+    return Call("POST", "/answer", _reader(Answer), {**_body(query, passages, options), "stream": True})
 
 
 def compress_call(query: str, passages: Passages, options: CompressOptions) -> Call[Compression]:
     """Compress passages for a query."""
-    return Call("POST", "/compress", _reader(Compression), {**options, **_question(query, passages)})
+    return Call("POST", "/compress", _reader(Compression), _body(query, passages, options))
 
 
 def rerank_call(query: str, passages: Passages, options: RerankOptions) -> Call[Ranking]:
     """Put passages in order of their relevance to a query."""
-    return Call("POST", "/rerank", _reader(Ranking), {**options, **_question(query, passages)})
+    return Call("POST", "/rerank", _reader(Ranking), _body(query, passages, options))
 
 
 def ready_call() -> Call[Readiness]:
@@ -211,14 +213,20 @@ def _event(name: bytes, data: bytes) -> StreamEvent:
             raise ProtocolError(f"an event that the service does not send: {name.decode('utf-8', 'replace')[:40]!r}")
 
 
-def _question(query: str, passages: Passages) -> dict[str, Any]:
-    return {"query": query, "passages": [_passage(passage) for passage in passages]}
+def _body(query: str, passages: Passages, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is no passage, or no list of them, is sent as it is, and the service says where it is wrong.
+
+    One text is no list of them: each of its characters would be a passage.
+    """
+    listed = passages if isinstance(passages, str | Mapping) else [_passage(passage) for passage in passages]
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**given, "query": query, "passages": listed}
 
 
-def _passage(passage: str | Passage) -> str | dict[str, Any]:
-    if isinstance(passage, str):
+def _passage(passage: str | Passage) -> Any:
+    if not isinstance(passage, Passage):
         return passage
-    return {name: value for name, value in asdict(passage).items() if value is not None and value != ""}
+    return {name: value for name, value in asdict(passage).items() if value is not None and (value or name != "title")}
 
 
 @cache  # building one takes longer than reading a response with it

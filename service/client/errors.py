@@ -6,9 +6,12 @@ ServiceError
 └── ResponseError            the service said no; code, field, request_id and status say what and where
     ├── InvalidRequestError      the request cannot be served as it stands (400, 404, 405, 409, 413, 415, 422)
     ├── AuthenticationError      no key, or not a valid one (401, 403)
-    ├── OverloadedError          no room, not ready or no generator: later or elsewhere (429, 503)
+    ├── OverloadedError          no room, not ready or no generator: later or elsewhere (429, 502, 503)
     ├── DeadlineError            the request's deadline passed (408, 504)
     └── FailedError              the service failed (any other)
+
+What a proxy says in the service's place is one of these, too, with the code `proxy` (429, 502, 503: OverloadedError;
+504: DeadlineError).
 """
 
 import json
@@ -19,7 +22,11 @@ from typing import Any
 
 
 class ServiceError(Exception):
-    """Base of everything this client raises on purpose."""
+    """Base of everything this client raises on purpose. Can be pickled, as a pool of processes does."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What Exception does calls the class with `args`, the message: not what these are made with.
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class UnreachableError(ServiceError):
@@ -78,7 +85,7 @@ class FailedError(ResponseError):
 BY_STATUS: dict[int, type[ResponseError]] = {
     **dict.fromkeys((400, 404, 405, 409, 413, 415, 422), InvalidRequestError),
     **dict.fromkeys((401, 403), AuthenticationError),
-    **dict.fromkeys((429, 503), OverloadedError),
+    **dict.fromkeys((429, 502, 503), OverloadedError),
     **dict.fromkeys((408, 504), DeadlineError),
 }
 # In a stream the status is gone before the error comes: its code says what it would have been.
@@ -89,14 +96,20 @@ BY_CODE: dict[str, type[ResponseError]] = {
 }
 
 
+# The statuses of proxies and balancers that cannot reach a service, or will not now: their bodies are their own.
+PROXY = (429, 502, 503, 504)
+
+
 def response_error(status: int, headers: Mapping[str, str], content: bytes) -> ServiceError:
     """The exception for a response that is no success. Header names in lower case."""
+    kind, wait = BY_STATUS.get(status, FailedError), retry_after(headers.get("retry-after"))
     try:
-        detail = json.loads(content)["error"]
-        found = BY_STATUS.get(status, FailedError)(status, detail, retry_after(headers.get("retry-after")))
+        return kind(status, json.loads(content)["error"], wait)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return ProtocolError(f"status {status} without the service's error in its body: is this its address?")
-    return found
+        message = f"status {status} without the service's error in its body"
+    if status in PROXY:
+        return kind(status, {"code": "proxy", "message": f"{message}: from a proxy before it"}, wait)
+    return ProtocolError(f"{message}: is this its address?")
 
 
 def stream_error(detail: Mapping[str, Any]) -> ResponseError:
@@ -116,3 +129,9 @@ def retry_after(value: str | None, now: datetime | None = None) -> float | None:
         return None
     # An HTTP date is always in GMT; one parsed from "-0000" carries no zone.
     return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - (now or datetime.now(UTC))).total_seconds())
+
+
+def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, Any]) -> ServiceError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error

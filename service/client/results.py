@@ -89,12 +89,17 @@ class Answerable:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Generator tokens: of the prompt with all passages as text, of the prompt as it was, saved, and generated."""
+    """Generator tokens: of the prompt with all passages as text, of the prompt as it was, saved, and generated.
+
+    cached_chunks, cached_documents     chunks that were not computed, or not wholly: they were known already
+    """
 
     text_tokens: int
     prompt_tokens: int
     tokens_saved: int
     completion_tokens: int
+    cached_chunks: int = 0
+    cached_documents: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,8 @@ class CompressUsage:
     text_tokens: int
     memory_tokens: int
     rate: float
+    cached_chunks: int = 0
+    cached_documents: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 from datetime import UTC, datetime
 from typing import Any
 
@@ -170,7 +171,28 @@ def test_statuses_have_classes_and_carry_what_the_service_said() -> None:
     assert full.retry_after_s == 5
     assert isinstance(response_error(500, {}, content), FailedError)
     for strange in (b"", b"<html>", b"[]", b'{"error": "text"}', b'{"detail": 1}'):
-        assert isinstance(response_error(502, {}, strange), ProtocolError)
+        assert isinstance(response_error(500, {}, strange), ProtocolError)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(502, OverloadedError), (503, OverloadedError), (504, DeadlineError)])
+def test_what_a_proxy_says_in_the_services_place_counts(status: int, kind: type[ResponseError]) -> None:
+    error = response_error(status, {"retry-after": "2"}, b"<html>Bad Gateway</html>")
+    assert isinstance(error, kind)
+    assert (error.status, error.code, error.retry_after_s) == (status, "proxy", 2)
+    assert Retry().wait(1, error) == (2 if kind is OverloadedError else None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnreachableError("broken", sent=True),
+        ProtocolError("?"),
+        OverloadedError(429, error_body("overloaded", field="passages")["error"], 3),
+    ],
+)
+def test_errors_pass_from_process_to_process(error: ServiceError) -> None:
+    got = pickle.loads(pickle.dumps(error))  # noqa: S301  # our own bytes
+    assert (type(got), str(got), vars(got)) == (type(error), str(error), vars(error))
 
 
 def test_what_is_sent() -> None:
@@ -189,6 +211,9 @@ def test_what_is_sent() -> None:
     assert sent["passages"][:3] == ["a", {"text": "b", "id": "x"}, {"embedding_id": "e"}]
     assert sent["passages"][3]["embeddings"]["shape"] == [1, 2]
     assert rerank_call("q", ["a"], {}).body == {"query": "q", "passages": ["a"]}
+    assert rerank_call("q", ["a"], {"top_n": None}).body == {"query": "q", "passages": ["a"]}
+    with pytest.raises(TypeError, match="stream: call `stream`"):
+        answer_call("q", ["a"], {"stream": True})  # type: ignore[typeddict-unknown-key]
     assert change_call("rollback").body == {"action": "rollback"}
     assert change_call("load", "demo").admin
 

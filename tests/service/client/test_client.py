@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def test_answer(client: httpx.Client, connect: Connect) -> None:
     assert isinstance(got, Answer)
     assert got.answer == expected["answer"]
     assert [passage.id for passage in got.passages] == [None, "bread", None]
+    assert set(expected["usage"]) == set(asdict(got.usage))
     assert got.usage.tokens_saved == expected["usage"]["tokens_saved"]
     assert got.answerable is not None
     assert got.answerable.probability == pytest.approx(expected["answerable"]["probability"])
@@ -173,6 +175,15 @@ def test_errors_say_what_is_wrong_and_where(client: httpx.Client, connect: Conne
         assert (large.value.status, large.value.limit) == (413, 512)
         with pytest.raises(InvalidRequestError, match="modus: unknown field"):
             ours.call("answer", QUERY, GIVEN, modus="text")
+        for wrong, message in (
+            ("one text", "passages: must be a list"),
+            ({"text": "one"}, "passages: must be a list"),
+            (["fine", None], "passages.1: must be a text or an object"),
+            (["fine", Passage("")], "passages.1.text: is empty"),
+            ([{"text": "fine", "score": 1}], "passages.0.score: unknown field"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                ours.call("rerank", QUERY, wrong)
         with pytest.raises(InvalidRequestError, match="temperature: must be a finite number"):
             ours.call("answer", QUERY, GIVEN, temperature=float("nan"))
         with pytest.raises(InvalidRequestError, match="query: holds a lone surrogate"):
