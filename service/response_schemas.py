@@ -137,7 +137,9 @@ class AnswerResponse(BaseModel):
         description="stop: it ended by itself or at a text of `stop`; length: max_new_tokens were written"
     )
     passages: list[AnsweredPassage]
-    answerable: Answerable | None = Field(description="null where the checkpoint has no calibrated threshold")
+    answerable: Answerable | None = Field(
+        description="null where the checkpoint has no calibrated threshold, or auto has not scored all passages"
+    )
     plan: PlanOut
     usage: Usage
     timings_ms: Timings

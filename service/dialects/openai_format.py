@@ -117,8 +117,8 @@ class TextFormat(ChatFormat):
 
 
 def passages_of(response: AnswerResponse) -> Passages:
-    """What became of each document."""
-    return Passages(passages=response.passages, plan=response.plan)
+    """What became of each document, and whether they hold an answer."""
+    return Passages(passages=response.passages, answerable=response.answerable, plan=response.plan)
 
 
 def usage_of(response: AnswerResponse) -> CompletionUsage:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from service.policy_schemas import PlanOut
-from service.response_schemas import AnsweredPassage
+from service.response_schemas import Answerable, AnsweredPassage
 
 
 class CompletionUsage(BaseModel):
@@ -19,9 +19,10 @@ class CompletionUsage(BaseModel):
 
 
 class Passages(BaseModel):
-    """The service's own part of a response: what became of each document, in the caller's order, and why."""
+    """The service's own part of a response, as /answer has it: what became of each document, and why."""
 
     passages: list[AnsweredPassage]
+    answerable: Answerable | None
     plan: PlanOut
 
 

@@ -17,6 +17,7 @@ from service.schemas import (
     IS_TEXT,
     QUERY,
     TEXT,
+    Explain,
     FilledText,
     Finite,
     Identifier,
@@ -30,7 +31,7 @@ from service.settings import EarlierMessages
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
 ALIAS = "scaledown"
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stream", "timeout")
-SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance")
+SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance", "explain")
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -139,6 +140,7 @@ class Generation(Strict):
     hybrid_top: HybridTop | None = None
     max_prompt_tokens: MaxPromptTokens | None = None
     min_relevance: MinRelevance | None = None
+    explain: Explain | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     timeout: Timeout | None = None
 

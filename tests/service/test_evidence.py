@@ -82,6 +82,9 @@ def test_answer_and_stream_give_the_same_evidence(pointing: httpx.Client) -> Non
     got = events(pointing.post("/answer", json=body).text)
     assert got[0] == ("passages", {"passages": whole["passages"], "checkpoint": "untrained"})
     assert got[-1][1]["passages"] == whole["passages"]
+    asked = {"model": "scaledown", "messages": [{"role": "user", "content": QUERY}], "documents": PASSAGES}
+    chat = pointing.post("/v1/chat/completions", json={**asked, "max_tokens": 8, "explain": True}).json()
+    assert chat["scaledown"]["passages"] == whole["passages"]
 
 
 def test_no_evidence_where_no_embedding_was_read_from_attention(client: httpx.Client, pointing: httpx.Client) -> None:

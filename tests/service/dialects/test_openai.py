@@ -56,6 +56,22 @@ def test_chat_answers_as_the_native_endpoint_does(client: httpx.Client, ai: open
     assert got.usage.model_extra == {name: native["usage"][name] for name in ("text_tokens", "tokens_saved")}
 
 
+@pytest.mark.parametrize("explain", [True, False])
+def test_what_became_of_the_documents_is_what_the_native_endpoint_says(
+    client: httpx.Client, ai: openai.OpenAI, explain: bool
+) -> None:
+    native = answer(client, explain=explain)
+    body: dict[str, Any] = {"documents": PASSAGES, "explain": explain}
+    chunks = ai.chat.completions.create(model="scaledown", messages=ASK, max_tokens=8, stream=True, extra_body=body)
+    *_, last = chunks
+    completion = ai.completions.create(model="scaledown", prompt=QUERY, max_tokens=8, extra_body=body)
+    for own in (chat(ai, explain=explain).model_extra, last.model_extra, completion.model_extra):
+        assert own is not None
+        said = own["scaledown"]
+        assert said == {name: native[name] for name in ("passages", "answerable", "plan")}
+        assert (said["plan"]["estimates_ms"] is not None) == explain
+
+
 def test_options_reach_the_generator(client: httpx.Client, ai: openai.OpenAI) -> None:
     sampled: dict[str, Any] = {"temperature": 2.0, "top_p": 0.9, "seed": 3}
     native = answer(client, **sampled, top_k=50)
