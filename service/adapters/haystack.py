@@ -6,7 +6,7 @@ Both are saved with a pipeline, their key as the name of its environment variabl
 is allowed: Pipeline.loads(..., allowed_modules=["service.adapters.haystack"]).
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypedDict, cast
 
 from haystack import Document, component
@@ -27,7 +27,10 @@ class Ranked(TypedDict):
 
 
 class Replied(TypedDict):
-    """What the generator gives: one reply, or none where there were no documents; its meta has tokens and relevance."""
+    """What the generator gives: one reply, or none where there were no documents.
+
+    Its meta has tokens, relevance, and whether the documents hold an answer at all (`answerable`).
+    """
 
     replies: list[ChatMessage]
 
@@ -51,12 +54,16 @@ class ScaleDownRanker:
         min_relevance: float = 0.0,
         timeout: float = Connection.timeout,
     ) -> None:
+        if not 0 <= min_relevance <= 1:
+            raise ValueError(f"min_relevance: must be 0 to 1, not {min_relevance}")
+        _check_top_k(top_k)
         self.url, self.api_key, self.timeout = url, api_key, timeout
         self.top_k, self.min_relevance = top_k, min_relevance
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
         """The relevant documents, best first. Raises ServiceError."""
+        _check_top_k(top_k)
         documents = _with_text(documents)
         if not documents:
             return Ranked(documents=[])
@@ -66,6 +73,7 @@ class ScaleDownRanker:
     @component.output_types(documents=list[Document])
     async def run_async(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
         """The same, awaited."""
+        _check_top_k(top_k)
         documents = _with_text(documents)
         if not documents:
             return Ranked(documents=[])
@@ -148,6 +156,12 @@ class ScaleDownGenerator:
         return cast(AnswerOptions, {**self.options, **(given or {})})
 
 
+def _check_top_k(top_k: int | None) -> None:
+    """Refuse what a slice would take for something else: -1 for all but the last."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: must be 1 or more, not {top_k}")
+
+
 def _connection(part: ScaleDownRanker | ScaleDownGenerator) -> Connection:
     """Opens clients, one for each call: a component may be shared by threads and event loops."""
     key = part.api_key.resolve_value() if part.api_key else None
@@ -190,5 +204,6 @@ def _meta(answer: Answer) -> dict[str, Any]:
             "text_tokens": usage.text_tokens,
             "tokens_saved": usage.tokens_saved,
         },
+        "answerable": answer.answerable and asdict(answer.answerable),
         "passages": [{"id": p.id, "relevance": p.relevance, "mode": p.mode} for p in answer.passages],
     }

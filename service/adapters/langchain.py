@@ -4,7 +4,7 @@ chain = {"question": RunnablePassthrough(), "documents": retriever} | RunnableLa
 """
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
@@ -81,7 +81,8 @@ class ChatScaleDown(Remote, BaseChatModel):
     earlier_messages   checkpoints are trained on single questions: a system message or an earlier turn is refused,
                        unless this says to ignore them
 
-    `usage_metadata` has the tokens, `response_metadata` what was saved, each document's relevance and the checkpoint.
+    `usage_metadata` has the tokens, `response_metadata` what was saved, each document's relevance, whether they hold an
+    answer at all (`answerable`), and the checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -233,5 +234,6 @@ def _metadata(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "text_tokens": answer.usage.text_tokens,
         "tokens_saved": answer.usage.tokens_saved,
+        "answerable": answer.answerable and asdict(answer.answerable),
         "passages": [{"id": p.id, "relevance": p.relevance, "mode": p.mode} for p in answer.passages],
     }

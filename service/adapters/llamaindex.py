@@ -5,11 +5,12 @@ engine = ScaleDownQueryEngine(retriever=index.as_retriever(), node_postprocessor
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import asdict
 from typing import Any, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
-from llama_index.core.bridge.pydantic import BaseModel, Field, SecretStr
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, SecretStr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import CustomQueryEngine
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
@@ -32,6 +33,8 @@ EMPTY = "Empty Response"  # what LlamaIndex's own engines say where nothing was 
 
 class Remote(BaseModel):
     """Where the service is: see `service.client.Connection`."""
+
+    model_config = ConfigDict(extra="forbid")  # an option in the wrong place, or misspelt, must not pass in silence
 
     url: str | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True)
@@ -90,7 +93,8 @@ class ScaleDownQueryEngine(Remote, CustomQueryEngine):
     streaming   return a response whose text arrives piece by piece
 
     The response's `source_nodes` are scored by relevance; its `metadata` has usage with the tokens saved, the
-    checkpoint and the finish reason (in a stream: once it has ended).
+    checkpoint, whether the nodes hold an answer at all (`answerable`) and the finish reason (in a stream: once it has
+    ended).
     """
 
     retriever: BaseRetriever
@@ -197,5 +201,6 @@ def _metadata(answer: Answer) -> dict[str, Any]:
         "text_tokens": answer.usage.text_tokens,
         "prompt_tokens": answer.usage.prompt_tokens,
         "tokens_saved": answer.usage.tokens_saved,
+        "answerable": answer.answerable and asdict(answer.answerable),
         "completion_tokens": answer.usage.completion_tokens,
     }

@@ -52,6 +52,16 @@ def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None
     assert pairs(choosy.run(QUERY, DOCUMENTS)["documents"]) == expected[:1]
 
 
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_limit_that_is_none_is_refused(top_k: int) -> None:
+    with pytest.raises(ValueError, match="top_k: must be 1 or more"):
+        ScaleDownRanker(top_k=top_k)
+    with pytest.raises(ValueError, match="top_k: must be 1 or more"):
+        ScaleDownRanker().run(QUERY, DOCUMENTS, top_k=top_k)
+    with pytest.raises(ValueError, match="min_relevance: must be 0 to 1"):
+        ScaleDownRanker(min_relevance=-0.5)
+
+
 def test_a_reply_has_the_answer_and_what_it_cost(client: httpx.Client) -> None:
     expected = answer(client, passages=PASSAGES)
     ours = generator(client)
@@ -60,6 +70,7 @@ def test_a_reply_has_the_answer_and_what_it_cost(client: httpx.Client) -> None:
         assert reply.text == expected["answer"]
         assert reply.meta["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
         assert reply.meta["usage"]["tokens_saved"] == expected["usage"]["tokens_saved"]
+        assert reply.meta["answerable"] == expected["answerable"]
         assert reply.meta["model"] == expected["checkpoint"]
         assert [each["id"] for each in reply.meta["passages"]] == ["curie", "bread", "moon"]
     assert ours.run(QUERY, [])["replies"] == []

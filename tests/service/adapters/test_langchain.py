@@ -75,6 +75,7 @@ def test_a_message_has_the_answer_and_what_it_cost(client: httpx.Client) -> None
         assert message.usage_metadata["input_tokens"] == expected["usage"]["prompt_tokens"]
         assert message.usage_metadata["output_tokens"] == expected["usage"]["completion_tokens"]
         assert message.response_metadata["tokens_saved"] == expected["usage"]["tokens_saved"]
+        assert message.response_metadata["answerable"] == expected["answerable"]
         assert message.response_metadata["model_name"] == expected["checkpoint"]
         assert [each["relevance"] for each in message.response_metadata["passages"]] == [
             each["relevance"] for each in expected["passages"]

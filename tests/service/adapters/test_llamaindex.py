@@ -8,6 +8,7 @@ import pytest
 from llama_index.core import SummaryIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
 from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import ValidationError
 
 from service.adapters.llamaindex import ScaleDownQueryEngine, ScaleDownRerank
 from tests.service.calls import QUERY, answer
@@ -64,6 +65,7 @@ def test_an_answer_has_its_sources_and_what_it_cost(client: httpx.Client) -> Non
         assert pairs(response.source_nodes) == [(each["id"], each["relevance"]) for each in expected["passages"]]
         assert response.metadata is not None
         assert response.metadata["tokens_saved"] == expected["usage"]["tokens_saved"]
+        assert response.metadata["answerable"] == expected["answerable"]
         assert response.metadata["checkpoint"] == expected["checkpoint"]
 
 
@@ -84,6 +86,14 @@ def test_a_stream_adds_up_to_the_answer(client: httpx.Client) -> None:
     awaited, metadata = asyncio.run(collect())
     assert "".join(pieces) == "".join(awaited) == str(whole)
     assert stream.metadata == metadata == whole.metadata
+
+
+def test_what_is_in_the_wrong_place_is_refused(client: httpx.Client) -> None:
+    with pytest.raises(ValidationError, match="mode"):
+        engine(client, mode="hybrid")
+    with pytest.raises(ValidationError, match="top_k"):
+        ScaleDownRerank(top_k=3)  # type: ignore[call-arg]
+    assert ScaleDownRerank.from_dict(ScaleDownRerank(top_n=2).to_dict()).top_n == 2  # as LlamaIndex saves it
 
 
 def test_postprocessors_run_before_the_answer(client: httpx.Client) -> None:
