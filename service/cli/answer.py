@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.cli.ask import each, name_of, open_client, print_json
+from service.cli.ask import each, name_of, open_client, print_evidence, print_json
 from service.cli.flags import add_options, add_question, given_options
 from service.cli.questions import Question, read_questions
 from service.client import Answer, AnswerOptions, Client, Done, Token
@@ -64,6 +64,8 @@ def show(question: Question, answer: Answer) -> None:
         relevance = "" if passage.relevance is None else f"{passage.relevance:.3f}"
         table.add_row(relevance, READ_AS[passage.mode], Text(name_of(question, passage.index)))
     console.print(table)
+    for passage in answer.passages:
+        print_evidence(console, question, passage)
     usage = answer.usage
     console.print(
         f"{usage.prompt_tokens} tokens read instead of {usage.text_tokens}, {usage.completion_tokens} written, "

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
 from service.cli.questions import Question
-from service.client import Client, Connection
+from service.client import AnsweredPassage, Client, CompressedPassage, Connection, ResponseError
 
 T = TypeVar("T")
 AT_A_TIME = 8  # questions in the service at once: it batches them
@@ -37,13 +39,24 @@ def open_client(options: Namespace) -> Iterator[Client]:
 
 
 def each(questions: Sequence[Question], call: Callable[[Question], T]) -> Iterator[tuple[Question, T]]:
-    """The result of `call` for each question, in order, several asked at a time. The first error ends it."""
+    """The result of `call` for each question, in order, several asked at a time.
+
+    The first error ends it, and says which question it is about.
+    """
     if len(questions) == 1:
         yield questions[0], call(questions[0])
         return
+
+    def asked(index: int, question: Question) -> T:
+        try:
+            return call(question)
+        except ResponseError as error:
+            error.args = (f"input.{index}: {error}",)
+            raise
+
     pool = ThreadPoolExecutor(AT_A_TIME)
     try:
-        results = pool.map(call, questions)
+        results = pool.map(asked, range(len(questions)), questions)
         pairs = zip(questions, results, strict=True)
         console = Console(stderr=True)
         yield from track(pairs, "asking", len(questions), console=console, disable=not console.is_terminal)
@@ -56,6 +69,20 @@ def print_json(question: Question, result: Any) -> None:
     row = {} if question.id is None else {"id": question.id}
     json.dump(row | asdict(result), sys.stdout, ensure_ascii=False)
     print(flush=True)
+
+
+def print_evidence(console: Console, question: Question, passage: AnsweredPassage | CompressedPassage) -> None:
+    """Which words each embedding of a passage was read from; nothing where that was not asked for or is not known."""
+    if passage.evidence is None:
+        return
+    source = question.passages[passage.index]
+    fields = {"title": source.title, "text": source.text or ""}
+    title = Text(name_of(question, passage.index))
+    table = Table("embedding", "read from", title=title, title_justify="left", box=None, header_style="dim")
+    for number, spans in enumerate(passage.evidence, 1):
+        words = [f"{fields[span.field][span.start : span.end]} ({span.weight:.0%})" for span in spans]
+        table.add_row(str(number), Text("; ".join(words)))
+    console.print(table)
 
 
 def name_of(question: Question, index: int) -> str:

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.cli.ask import each, name_of, open_client, print_json
+from service.cli.ask import each, name_of, open_client, print_evidence, print_json
 from service.cli.flags import add_options, add_question, given_options
 from service.cli.questions import Question, read_questions
-from service.client import CompressedPassage, Compression
+from service.client import Compression
 from service.client.calls import CompressOptions
 
 
@@ -48,23 +48,10 @@ def show(question: Question, made: Compression) -> None:
         table.add_row(str(passage.tokens), str(passage.memory_tokens), f"{passage.relevance:.3f}", name)
     console.print(table)
     for passage in made.passages:
-        if passage.evidence is not None:
-            console.print(evidence(question, passage))
+        print_evidence(console, question, passage)
     usage = made.usage
     console.print(
         f"{usage.memory_tokens} embeddings for {usage.text_tokens} tokens ({usage.rate:g} to one), {made.checkpoint}",
         style="dim",
         highlight=False,
     )
-
-
-def evidence(question: Question, passage: CompressedPassage) -> Table:
-    """Which words each embedding of a passage was read from."""
-    source = question.passages[passage.index]
-    fields = {"title": source.title, "text": source.text or ""}
-    title = Text(name_of(question, passage.index))
-    table = Table("embedding", "read from", title=title, title_justify="left", box=None, header_style="dim")
-    for number, spans in enumerate(passage.evidence or (), 1):
-        words = [f"{fields[span.field][span.start : span.end]} ({span.weight:.0%})" for span in spans]
-        table.add_row(str(number), Text("; ".join(words)))
-    return table

@@ -16,6 +16,7 @@ from core.model import Model, build_model
 from core.passages import Passage
 from core.pipeline import CompressedChunk, PreparedRequest, gather, prepare
 from core.readouts import PointerReadout
+from service.cli.__main__ import main
 from service.evidence import passages_evidence
 from service.response_schemas import EvidenceSpan
 from tests.service.calls import PASSAGES, QUERY, answer, events
@@ -85,6 +86,18 @@ def test_answer_and_stream_give_the_same_evidence(pointing: httpx.Client) -> Non
     asked = {"model": "scaledown", "messages": [{"role": "user", "content": QUERY}], "documents": PASSAGES}
     chat = pointing.post("/v1/chat/completions", json={**asked, "max_tokens": 8, "explain": True}).json()
     assert chat["scaledown"]["passages"] == whole["passages"]
+
+
+@pytest.mark.parametrize("command", ["answer", "compress"])
+def test_the_command_shows_the_words(command: str, pointing: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
+    text = FIELDS[0]["text"]
+    (passage,) = compress(pointing, passages=[text], explain=True)
+    span = next(span for spans in passage["evidence"] for span in spans)
+    asked = [command, QUERY, text, "--url", str(pointing.base_url)]
+    assert main([*asked, "--explain"]) == 0
+    assert f"{text[span['start'] : span['end']]} ({span['weight']:.0%})" in "".join(capsys.readouterr())
+    assert main(asked) == 0
+    assert "read from" not in "".join(capsys.readouterr())
 
 
 def test_no_evidence_where_no_embedding_was_read_from_attention(client: httpx.Client, pointing: httpx.Client) -> None:

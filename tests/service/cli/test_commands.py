@@ -70,6 +70,16 @@ def test_many_questions_are_answered_in_order(
     assert [row["id"] for row in rows(capsys.readouterr().out)] == [row["id"] for row in asked]
 
 
+def test_an_error_says_which_of_many_questions_it_is_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [{"id": f"q{number}", "query": QUERY, "passages": PASSAGES} for number in range(3)]
+    asked[2]["passages"] = []
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    assert main(["rerank", "--json", "--input", str(tmp_path / "questions.jsonl")]) == 2
+    shown = capsys.readouterr()
+    assert [row["id"] for row in rows(shown.out)] == ["q0", "q1"]
+    assert shown.err.startswith("error: input.2: passages: has too few items")
+
+
 def test_rerank(client: httpx.Client, capsys: pytest.CaptureFixture[str]) -> None:
     expected = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES, "top_n": 2}).json()["results"]
     assert main(["rerank", QUERY, "--top-n", "2", "--json"]) == 0
