@@ -6,12 +6,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from core.errors import InvalidInputError
+from service.auth import ADMIN_KEY
 from service.checkpoints import CheckpointControl, checkpoint_root
 from service.errors import WITH_BODY, documented
 from service.schemas import Strict
 from service.versions import available_under
 
-router = APIRouter(prefix="/admin", responses=documented(*WITH_BODY, 404, 409))
+router = APIRouter(prefix="/admin", responses=documented(*WITH_BODY, 404, 409), dependencies=[ADMIN_KEY])
 
 
 class CheckpointAction(Strict):

@@ -86,6 +86,7 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
         docs_url=None,  # it would run scripts from elsewhere
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their methods
         redirect_slashes=False,  # to the host and scheme that the request claims, without a body
     )
     for router in ROUTERS:

@@ -4,6 +4,8 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from fastapi import Security
+from fastapi.security import HTTPBearer
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
@@ -12,6 +14,17 @@ from service.errors import NOTHING_HERE, JSONError, plain_response
 OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/health", "/metrics", "/openapi.json"})
 OPEN_FOLDER = "/page/"  # the web page's own files: it has to be there before it can ask for a key
 HASHED = "sha256:"
+# Dependencies of routes, for the OpenAPI document only: it is the middleware that refuses, before any body is read.
+API_KEY = Security(
+    HTTPBearer(
+        scheme_name="api_key",
+        description="asked for where the operator has set any; `X-API-Key: <key>` does as well",
+        auto_error=False,
+    )
+)
+ADMIN_KEY = Security(
+    HTTPBearer(scheme_name="admin_key", description="where none is set there is no /admin", auto_error=False)
+)
 
 
 class KeyRing:

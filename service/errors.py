@@ -114,13 +114,14 @@ DESCRIPTIONS = {
     408: "the body came too slowly",
     409: "the checkpoint is refused, and nothing has changed",
     413: "over a limit, which `limit` gives",
-    415: "not application/json",
+    415: "not application/json in UTF-8, or not as it is (Content-Encoding)",
     422: "a value is wrong; `field` says which",
     429: "no room now; see Retry-After",
     500: "the service failed",
     503: "not ready, or shutting down",
     504: "the deadline passed",
 }
+RETRY_AFTER = {"description": "seconds, where the service knows", "schema": {"type": "integer"}}
 WITH_BODY = (401, 403, 408, 413, 415, 422, 429, 500, 503)  # what any path may answer to a body
 
 
@@ -146,7 +147,12 @@ def note_error(scope: Scope, code: str) -> None:
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error responses of an operation, for the OpenAPI document."""
-    return {status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in sorted(statuses)}
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": DESCRIPTIONS[status]} for status in sorted(statuses)
+    }
+    for status in found.keys() & {429, 503}:
+        found[status]["headers"] = {"Retry-After": RETRY_AFTER}
+    return found
 
 
 def error_body(code: str, message: str, field: str | None = None, limit: int | None = None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ async def livez(request: Request) -> Response:
 
 
 @router.get("/readyz", responses=NOT_NOW)
-@router.get("/health", responses=NOT_NOW)
+@router.get("/health", responses=NOT_NOW, name="health")
 async def readyz(request: Request) -> Response:
     """200 once the model is loaded and warm, and as long as requests are taken; else 503 and the reason.
 

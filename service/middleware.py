@@ -213,6 +213,8 @@ class _BodyReader:
         body = b"".join(parts)
         if body and content_type != "application/json":
             raise UnsupportedError("send JSON with Content-Type: application/json")
+        if body and self.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise UnsupportedError("send the body as it is, without Content-Encoding")
         # Parsers guess UTF-16 and UTF-32 too, whose bytes the check below would misread.
         if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
             raise UnsupportedError("send JSON in UTF-8")

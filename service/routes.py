@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from service.auth import API_KEY
 from service.dialects.bare_rerank import RerankBody, as_native, choose_dialect
 from service.dialects.errors import JinaErrorResponse, TeiErrorResponse
 from service.dialects.rerank_schemas import JinaResponse
@@ -15,6 +16,7 @@ from service.response_schemas import AnswerResponse, CompressResponse, RerankRes
 from service.responses import compress_response
 from service.schemas import AnswerRequest, CompressRequest
 from service.serving import (
+    REQUEST_HEADERS,
     ThisEngine,
     json_response,
     open_session,
@@ -24,8 +26,12 @@ from service.serving import (
 )
 from service.streaming import Events
 
+NATIVE_ERRORS = (*WITH_BODY, 404, 504)
 RERANK_ERRORS: dict[int | str, dict[str, Any]] = {
-    **{status: {"model": ErrorResponse | TeiErrorResponse | JinaErrorResponse} for status in (*WITH_BODY, 504)},
+    **{
+        status: {**response, "model": ErrorResponse | TeiErrorResponse | JinaErrorResponse}
+        for status, response in documented(*NATIVE_ERRORS).items()
+    },
     400: {"model": JinaErrorResponse, "description": "a value is wrong or over a limit, as Jina and vLLM say it"},
     424: {"model": TeiErrorResponse, "description": "the service failed, as TEI says it"},
 }
@@ -40,7 +46,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-router = APIRouter(responses=documented(*WITH_BODY, 504))
+router = APIRouter(responses=documented(*NATIVE_ERRORS), dependencies=[API_KEY, REQUEST_HEADERS])
 
 
 @router.post("/compress", response_model=CompressResponse)

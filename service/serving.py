@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -28,6 +28,22 @@ async def engine_of(request: Request) -> Engine:
 
 
 ThisEngine = Annotated[Engine, Depends(engine_of)]
+
+
+async def _documented(
+    checkpoint: Annotated[  # `named_version` reads it
+        str | None,
+        Header(alias=CHECKPOINT_HEADER, description="a version in memory that is to serve; unset: the active one"),
+    ] = None,
+    request_id: Annotated[  # the middleware reads it
+        str | None,
+        Header(alias="X-Request-Id", description="the caller's name for this request, given back; unset: one is made"),
+    ] = None,
+) -> None:
+    """Nothing: it has the headers of requests in the OpenAPI document."""
+
+
+REQUEST_HEADERS = Depends(_documented)
 
 
 def named_version(request: Request, engine: Engine) -> Version | None:

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from service.auth import API_KEY
 from service.dialects.errors import OpenAIErrorResponse
 from service.dialects.openai_format import ChatFormat, TextFormat
 from service.dialects.openai_responses import ChatResponse, CompletionResponse, ModelCard, ModelList
@@ -16,7 +17,7 @@ from service.dialects.questions import chat_question, passages_of
 from service.engine import Engine, Version
 from service.errors import NotReadyError, UnknownModelError
 from service.schemas import AnswerRequest, PassageIn
-from service.serving import ThisEngine, named_version, serve_answer
+from service.serving import REQUEST_HEADERS, ThisEngine, named_version, serve_answer
 
 STARTED = int(time.time())
 STREAM_EXAMPLE = (
@@ -27,6 +28,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 router = APIRouter(
     tags=["OpenAI dialect"],
+    dependencies=[API_KEY],
     responses={
         "4XX": {"model": OpenAIErrorResponse, "description": "the request cannot be served as it stands"},
         "5XX": {"model": OpenAIErrorResponse, "description": "the service cannot serve now"},
@@ -34,7 +36,7 @@ router = APIRouter(
 )
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM)
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM, dependencies=[REQUEST_HEADERS])
 async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer the last user message from `documents`, or from what `tool` and `context` messages hold."""
     check_model(engine, body.model, request)
@@ -44,7 +46,7 @@ async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Respo
     )
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM, dependencies=[REQUEST_HEADERS])
 async def complete(body: CompletionRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer `prompt`, a question, from `documents`. The prompt is not continued: it is put into the template."""
     check_model(engine, body.model, request)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from core.pipeline import CompressedPassage
+from service.auth import API_KEY
 from service.dialects.errors import CohereErrorResponse, JinaErrorResponse
 from service.dialects.ranking import ranked
 from service.dialects.rerank_schemas import (
@@ -29,10 +30,10 @@ from service.dialects.rerank_schemas import (
     JinaUsage,
 )
 from service.jobs import Compressed
-from service.serving import ThisEngine, serve_ranking
+from service.serving import REQUEST_HEADERS, ThisEngine, serve_ranking
 from service.session import Session
 
-router = APIRouter(tags=["rerank dialects"])
+router = APIRouter(tags=["rerank dialects"], dependencies=[API_KEY, REQUEST_HEADERS])
 JINA_ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": JinaErrorResponse, "description": "the request cannot be served as it stands"},
     "5XX": {"model": JinaErrorResponse, "description": "the service cannot serve now"},

@@ -1,5 +1,6 @@
 """What bad input gets: a 4xx in the one error shape that names the field and the limit, and never a 500."""
 
+import gzip
 import json
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_absurdly_many_parts_are_refused_before_they_are_read(client: httpx.Clie
     response = client.post("/answer", content=raw, headers=JSON)
     assert response.status_code == 413
     assert (error(response)["field"], error(response)["limit"]) == ("body", 100_000)
+
+
+def test_a_compressed_body_is_refused_by_its_name(client: httpx.Client) -> None:
+    raw = gzip.compress(json.dumps({"query": "a", "passages": ["b"]}).encode())
+    response = client.post("/rerank", content=raw, headers={**JSON, "Content-Encoding": "gzip"})
+    assert response.status_code == 415
+    assert error(response)["message"] == "send the body as it is, without Content-Encoding"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])

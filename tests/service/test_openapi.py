@@ -30,10 +30,32 @@ def test_every_error_has_the_one_shape(client: httpx.Client, path: str) -> None:
     document = client.get("/openapi.json").json()
     responses = document["paths"][path]["post"]["responses"]
     dialects = {"400", "424"}  # as Jina and TEI say it
-    assert {"200", "401", "403", "408", "413", "415", "422", "429", "500", "503", "504"} == set(responses) - dialects
+    statuses = {"401", "403", "404", "408", "413", "415", "422", "429", "500", "503", "504"}
+    assert {"200", *statuses} == set(responses) - dialects
+    assert responses["401"]["description"] == "no key"
+    assert set(responses["429"]["headers"]) == {"Retry-After"}
     for status, response in responses.items():
         schema = response["content"]["application/json"]["schema"]
         if path == "/rerank" and status not in {"200", *dialects}:
             schema = schema["anyOf"][0]  # the others are TEI's and Jina's, to those who ask as their clients do
         if status not in {"200", *dialects}:
             assert schema["$ref"].endswith("/ErrorResponse")
+
+
+def test_keys_headers_and_names_for_generated_clients(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    operations = {
+        (path, method): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    for (path, _), operation in operations.items():
+        is_open = path in ("/livez", "/readyz", "/health", "/metrics")
+        key = "admin_key" if path.startswith("/admin") else "api_key"
+        assert operation.get("security", []) == ([] if is_open else [{key: []}])
+    for path in PATHS + DIALECTS:
+        names = {each["name"] for each in operations[path, "post"]["parameters"] if each["in"] == "header"}
+        assert names == {"X-Checkpoint", "X-Request-Id"}
+    called = [operation["operationId"] for operation in operations.values()]
+    assert len(set(called)) == len(called)
+    assert {"answer", "rerank", "compress", "chat", "health", "readyz"} <= set(called)
