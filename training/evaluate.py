@@ -149,8 +149,8 @@ def _without(questions: Sequence[Question], left_out: Sequence[str]) -> list[Que
         )
     if dropped:
         log.warning(
-            "%d of %d questions are left out in every mode, as they are over the compressor's query_tokens, or prompt and "
-            "answer may not fit the generator; the first: %s; all stand in result.json",
+            "%d of %d questions are left out in every mode, as they are over the compressor's query_tokens, or prompt "
+            "and answer may not fit the generator; the first: %s; all stand in result.json",
             *(len(dropped), len(questions), ", ".join(left_out[:10])),
         )
     return kept
