@@ -237,20 +237,16 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts came with {len(options)} options")
     at_once = max(1, min(max_sequences, len(prompts)))
     batch = DecodeBatch(generator, at_once, _room(prompts, options), passes=passes)
-    texts: list[list[str]] = [[] for _ in prompts]
-    sequences: list[Sequence] = []
-    index: dict[Sequence, int] = {}
-    while len(sequences) < len(prompts) or batch.live:
+    texts: dict[Sequence, list[str]] = {}  # in the order of the prompts
+    while len(texts) < len(prompts) or batch.live:
         _raise_if(should_cancel)
-        joining = slice(len(sequences), len(sequences) + batch.free_slots)
-        for sequence in batch.add(prompts[joining], options[joining]):
-            index[sequence] = len(sequences)
-            sequences.append(sequence)
+        joining = slice(len(texts), len(texts) + batch.free_slots)
+        texts |= {sequence: [] for sequence in batch.add(prompts[joining], options[joining])}
         for event in batch.step():
-            texts[index[event.sequence]].append(event.text)
+            texts[event.sequence].append(event.text)
     return [
         Completion("".join(text), sequence.token_ids, sequence.finish_reason)
-        for text, sequence in zip(texts, sequences, strict=True)
+        for sequence, text in texts.items()
         if sequence.finish_reason is not None  # true of each: the batch is empty
     ]
 

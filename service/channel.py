@@ -15,6 +15,7 @@ from core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 Handler = Callable[..., Awaitable[Any]]
+MAX_LINE_BYTES = 16 * 2**20  # a refusal may name every wrong key of a config.json, which has up to 1 MiB
 
 
 class Channel:
@@ -34,7 +35,7 @@ class Channel:
     @classmethod
     async def open(cls, connection: socket.socket, handlers: Mapping[str, Handler]) -> Self:
         """The end of a connected socket. Nothing arrives before `run`."""
-        reader, writer = await asyncio.open_connection(sock=connection)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_LINE_BYTES)
         return cls(reader, writer, handlers)
 
     async def call(self, method: str, **values: Any) -> Any:

@@ -5,12 +5,11 @@ It is one process's memory, not a database: an entry is gone after a restart or 
 
 import hashlib
 import secrets
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from core.byte_lru import ByteLRU
 from service.metrics import Metrics
 
 
@@ -45,35 +44,22 @@ class EmbeddingStore:
 
     def __init__(self, max_bytes: int, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, StoredPassage] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
+        self._entries: ByteLRU[str, StoredPassage] = ByteLRU(max_bytes)
 
     @property
     def size(self) -> int:
         """Bytes held now."""
-        return self._bytes
+        return self._entries.bytes
 
     def put(self, entry: StoredPassage) -> str | None:
         """Keep `entry` and return its id, or None where it is larger than the whole store."""
-        if entry.size > self._max_bytes:
-            return None
         # Unguessable, as one caller's ids must not lead to another's passages.
         embedding_id = secrets.token_urlsafe(18)
-        with self._lock:
-            self._entries[embedding_id] = entry
-            self._bytes += entry.size
-            while self._bytes > self._max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self._bytes -= oldest.size
-        return embedding_id
+        kept = self._entries.put(embedding_id, entry.size, lambda: entry)
+        return None if kept is None else embedding_id
 
     def get(self, embedding_id: str) -> StoredPassage | None:
         """The entry of that id, if it is still here."""
-        with self._lock:
-            entry = self._entries.get(embedding_id)
-            if entry is not None:
-                self._entries.move_to_end(embedding_id)
+        entry = self._entries.get(embedding_id)
         self._metrics.store_lookups.labels("hit" if entry else "miss").inc()
         return entry

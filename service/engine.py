@@ -4,6 +4,7 @@ Knows no HTTP. Lives on one event loop; the models belong to the worker's thread
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from service.session import Session
 from service.settings import Settings
 from service.worker import Worker
 
+log = logging.getLogger(__name__)
 WATCH_SECONDS = 2.0
 REFUSED_SECONDS = 30.0  # until a version that is only held, and whose weights the generator lacks, is tried again
 CHECKPOINT_HEADER = "X-Checkpoint"  # of a request that wants another version than the active one
@@ -184,6 +186,8 @@ class Engine:
             version.refused_until = time.monotonic() + REFUSED_SECONDS
         except ScaledownError:  # `trouble` says it
             return
+        except Exception:  # such as no memory for the golden example: who looks no more never sees it come back
+            log.exception("the generator could not be looked at")
 
     async def stop(self) -> None:
         """Let go of the threads and connections."""

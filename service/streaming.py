@@ -150,4 +150,5 @@ async def _send_part(send: Send, part: bytes) -> None:
 
 
 def _event(name: str, content: Mapping[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    # ASCII only: some clients take U+2028 and its like for the end of a line.
+    return f"event: {name}\ndata: {json.dumps(content, allow_nan=False)}\n\n".encode()

@@ -106,13 +106,12 @@ def generate_batch(
     room = max(prompt.tokens for prompt in prompts) + options.max_new_tokens
     batch = DecodeBatch(model.generator, len(prompts), room)
     with stage("prefill"):
-        sequences = batch.add(prompts, [options] * len(prompts))
-    texts = {id(sequence): "" for sequence in sequences}
+        texts = dict.fromkeys(batch.add(prompts, [options] * len(prompts)), "")
     with stage("decode"):
         while batch.live:
             for event in batch.step():
-                texts[id(event.sequence)] += event.text
-    return [Generated(texts[id(sequence)], sequence.prompt_tokens, len(sequence.token_ids)) for sequence in sequences]
+                texts[event.sequence] += event.text
+    return [Generated(text, sequence.prompt_tokens, len(sequence.token_ids)) for sequence, text in texts.items()]
 
 
 def _as_planned(

@@ -33,7 +33,7 @@ class CrossEncoder:
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
         """The raw score (a logit) of each `(query, passage)`, in order; only the passage is cut where too long.
 
-        Pairs of like length share a batch, so that little of it is padding.
+        Of queries that it `reads`. Pairs of like length share a batch, so that little of it is padding.
         """
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
         scores = [0.0] * len(pairs)
@@ -52,3 +52,8 @@ class CrossEncoder:
             for index, value in zip(indices, values.tolist(), strict=True):
                 scores[index] = value
         return scores
+
+    def reads(self, query: str) -> bool:
+        """Whether a query leaves room for a token of the passage."""
+        tokens = len(self._tokenizer(query, add_special_tokens=False, verbose=False)["input_ids"])
+        return tokens + self._tokenizer.num_special_tokens_to_add(pair=True) < self._max_tokens

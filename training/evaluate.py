@@ -143,11 +143,14 @@ def _without(questions: Sequence[Question], left_out: Sequence[str]) -> list[Que
     dropped = set(left_out)
     kept = [question for question in questions if question.id not in dropped]
     if not kept:
-        raise DataError("no question's prompt fits the generator with its answer; give fewer --passages")
+        raise DataError(
+            "no question is within the compressor's query_tokens and its prompt fits the generator with its answer; "
+            "give fewer --passages"
+        )
     if dropped:
         log.warning(
-            "%d of %d questions are left out in every mode, as prompt and answer may not fit the generator; the first: "
-            "%s; all stand in result.json",
+            "%d of %d questions are left out in every mode, as they are over the compressor's query_tokens, or prompt "
+            "and answer may not fit the generator; the first: %s; all stand in result.json",
             *(len(dropped), len(questions), ", ".join(left_out[:10])),
         )
     return kept

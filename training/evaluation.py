@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from core.config import Mode
+from core.errors import TooLargeError
 from core.model import Model
 from core.pipeline import passage_text_ids, prepare, rows_of
 from core.planning import plan_request
@@ -84,12 +85,20 @@ def evaluate(model: Model, questions: Sequence[Question], results: ResultsFile, 
 
 
 def too_long(model: Model, questions: Sequence[Question], plan: Plan) -> list[str]:
-    """Ids of the questions that no fair comparison can hold: in a mode of `plan`, prompt and answer may not fit.
+    """Ids of the questions that no fair comparison can hold: over the compressor's budget for a query, or in a mode of
+    `plan` prompt and answer may not fit.
 
-    Raises InputError for a rate that was not trained.
+    Raises InvalidInputError for a rate that was not trained.
     """
     room = model.generator.max_tokens - plan.options.max_new_tokens
-    return [question.id for question in questions if _longest_prompt(model, question, plan) > room]
+
+    def fits(question: Question) -> bool:
+        try:
+            return _longest_prompt(model, question, plan) <= room
+        except TooLargeError:  # of the query
+            return False
+
+    return [question.id for question in questions if not fits(question)]
 
 
 def _longest_prompt(model: Model, question: Question, plan: Plan) -> int:

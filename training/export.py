@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         for served in dict.fromkeys([torch.float32, dtype]):
             name = load_checkpoint(args.out, dtype=served, base_model=args.base_model).name
         verify_export(args, dtype)
-    except CheckpointError:
+    except BaseException:  # also where it is stopped: what stays has been verified
         shutil.rmtree(args.out)
         raise
     log.info("%s: loads, and repeats its golden example", name)

@@ -128,16 +128,27 @@ def _with_answer(row: Row, answer: TeacherAnswer | None) -> Row:
 
 
 def _with_scores(rows: Sequence[Row], reranker: RelevanceTeacher, config: LabelConfig) -> list[Row]:
-    """`rows` with the reranker's scores as relevance, all their passages scored together; what was gold stays so."""
-    scores = iter(reranker.scores([(row.query, passage.content) for row in rows for passage in row.passages]))
+    """`rows` with the reranker's scores as relevance, all their passages scored together; what was gold stays so.
+
+    Of a row whose query the reranker cannot read, no relevance is known.
+    """
+    read = {row.id for row in rows if reranker.reads(row.query)}
+    pairs = [(row.query, passage.content) for row in rows if row.id in read for passage in row.passages]
+    scores = iter(reranker.scores(pairs))
     scale = _sigmoid if config.score == "probability" else float
 
     def scored(row: Row, index: int, passage: RowPassage) -> RowPassage:
+        gold = passage.relevant if passage.judged else None
+        if row.id not in read:
+            return replace(passage, relevance=None, gold=gold)
         logit = next(scores) + (config.gold_bonus if passage.relevant else 0.0)
         if not math.isfinite(logit):
             raise DataError(f"row {row.id!r}, passages[{index}]: the reranker's score is {logit}, which is no number")
-        return replace(passage, relevance=scale(logit), gold=passage.relevant if passage.judged else None)
+        return replace(passage, relevance=scale(logit), gold=gold)
 
+    for row in rows:
+        if row.id not in read:
+            log.warning("row %r: its query is too long for the reranker, so its passages have no relevance", row.id)
     return [
         replace(row, passages=tuple(scored(row, index, passage) for index, passage in enumerate(row.passages)))
         for row in rows

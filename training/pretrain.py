@@ -108,20 +108,21 @@ def make_text_example(model: Model, passage: Passage, kind: Kind, most: int, rng
 
     A text of one chunk has nothing that follows: it is repeated. Raises InputError for a text without tokens.
     """
-    tokenizer, size = model.generator.tokenizer, model.config.compressor.chunk_tokens
+    tokenizer, size, content = model.generator.tokenizer, model.config.compressor.chunk_tokens, passage.content
     chunks = chunk_passage(passage, 0, tokenizer, model.compressor.tokenizer, size)
-    if len(chunks) == 1:
+    chunks = [chunk for chunk in chunks if content[chunk.start : chunk.end].strip()]  # one may be all line breaks
+    followed = [chunk for chunk in chunks if chunk.end < len(content)]
+    if not followed:
         kind = "autoencoding"
-    place = rng.randrange(len(chunks) if kind == "autoencoding" else len(chunks) - 1)
-    chunk = chunks[place]
-    request = prepare(model, rng.choice(INSTRUCTIONS[kind]), [Passage(passage.content[chunk.start : chunk.end])])
+    chunk = rng.choice(chunks if kind == "autoencoding" else followed)
+    compressed = content[chunk.start : chunk.end]
+    request = prepare(model, rng.choice(INSTRUCTIONS[kind]), [Passage(compressed)])
     rate = rng.choice(model.config.compressor.rates)
-    content = request.passages[0].content
     if kind == "autoencoding":
-        answer_ids = model.template.answer_ids(content)[:most]
+        answer_ids = model.template.answer_ids(compressed)[:most]
     else:
         # What follows does not end here, so no end of turn is learned.
-        answer_ids = encode(tokenizer, passage.content[chunk.end :]).ids[:most]
+        answer_ids = encode(tokenizer, content[chunk.end :]).ids[:most]
     return TrainExample(request, rows_of(model, request, rate), "compressed", answer_ids, None, [])
 
 

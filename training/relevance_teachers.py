@@ -18,6 +18,7 @@ from core.checkpoint import load_checkpoint
 from core.errors import ConfigError
 from core.passages import Passage
 from core.pipeline import compress, prepare
+from core.tokenization import encode
 from training.calibration import fit_platt
 from training.cross_encoder import CrossEncoder, Pair
 from training.data_format import Row
@@ -36,7 +37,11 @@ class RelevanceTeacher(Protocol):
     """Gives each `(query, passage)` a score, in order; a higher one is more relevant."""
 
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
-        """One score a pair, which depends on that pair alone."""
+        """One score a pair, which depends on that pair alone; of queries that it `reads`."""
+        ...
+
+    def reads(self, query: str) -> bool:
+        """Whether a query is short enough to be read whole."""
         ...
 
 
@@ -56,6 +61,10 @@ class EmbeddingTeacher:
         ]
         return _in_order(by_query, scored)
 
+    def reads(self, query: str) -> bool:
+        """Always: a long query counts by its beginning."""
+        return True
+
 
 class CompressorTeacher:
     """A checkpoint's own relevance scores: what it has learned stays part of what is taught."""
@@ -73,6 +82,11 @@ class CompressorTeacher:
         ]
         scored = [[passage.score for passage in passages] for passages in compress(self._model, requests)]
         return _in_order(by_query, scored)
+
+    def reads(self, query: str) -> bool:
+        """Whether the compressor does."""
+        compressor = self._model.compressor
+        return len(encode(compressor.tokenizer, query).ids) <= compressor.config.query_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +113,14 @@ class Ensemble:
         logits: Values = _features(self._teachers, pairs) @ np.array(self._combination.weights)
         return [logit + self._combination.bias for logit in logits.tolist()]
 
+    def reads(self, query: str) -> bool:
+        """Whether all of them do."""
+        return all(teacher.reads(query) for teacher in self._teachers)
+
 
 def fit_combination(teachers: Sequence[RelevanceTeacher], rows: Sequence[Row]) -> Combination:
     """Fit on `rows`, of which none should be what a teacher was trained on. Raises DataError where none serves."""
-    usable = [row for row in rows if _tells(row)]
+    usable = [row for row in rows if _tells(row) and all(teacher.reads(row.query) for teacher in teachers)]
     if not usable:
         raise DataError("rerankers are combined by rows that have a gold and another passage: there is none")
     usable = usable[:: max(1, len(usable) // FIT_ROWS)]

@@ -114,6 +114,14 @@ def test_stream_is_the_whole_answer_in_pieces(client: httpx.Client) -> None:
     assert {**got[-1][1], "timings_ms": None} == {**whole, "timings_ms": None}
 
 
+def test_every_event_of_a_stream_is_two_lines_whatever_a_client_takes_for_the_end_of_one(client: httpx.Client) -> None:
+    name = "a\u2028b\u2029c\x85d"
+    passages = [{"id": name, "text": "Marie Curie discovered polonium."}]
+    body = {"query": QUERY, "passages": passages, "max_new_tokens": 8, "stream": True}
+    found = events(client.post("/answer", json=body).text)  # lines as Python has them, httpx's `iter_lines` too
+    assert [each["id"] for _, data in found for each in data.get("passages", [])] == [name, name]
+
+
 def test_stream_refuses_with_a_status_before_it_begins(client: httpx.Client) -> None:
     response = client.post("/answer", json={"query": QUERY, "passages": ["x"], "rate": 5, "stream": True})
     assert response.status_code == 422

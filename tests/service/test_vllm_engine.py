@@ -19,6 +19,7 @@ from core.model import Model, build_model
 from service import engine as engine_module
 from service.app import create_app
 from service.generation import vllm_server
+from service.generation.golden_answer import GoldenRequest, golden_request
 from service.settings import Settings
 from service.versions import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
@@ -92,7 +93,9 @@ def test_a_stream_has_the_whole_answer_in_pieces(client: httpx.Client, remote: h
     pieces = events(remote.post("/answer", json={**BODY, "stream": True}).text)
     local = events(client.post("/answer", json={**BODY, "stream": True}).text)
     assert [name for name, _ in pieces] == [name for name, _ in local]
-    assert [data for name, data in pieces if name == "delta"] == [data for name, data in local if name == "delta"]
+    tokens = [data for name, data in pieces if name == "token"]
+    assert tokens
+    assert tokens == [data for name, data in local if name == "token"]
 
 
 def test_chat_completions_too(client: httpx.Client, remote: httpx.Client) -> None:
@@ -185,6 +188,23 @@ def test_away_and_back(serve: Serve, model: Model) -> None:
                 assert "scaledown_generator_up 1.0" in client.get("/metrics").text
             assert client.post("/answer", json=BODY).status_code == 503
             wait_for(lambda: client.get("/readyz").status_code == 503)
+
+
+def test_a_look_that_fails_is_not_the_last_one(serve: Serve, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([RuntimeError("can't allocate memory"), TypeError("of a library's")])
+
+    def scarce(asked: Model) -> GoldenRequest:
+        for failure in failures:
+            raise failure
+        return golden_request(asked)
+
+    vllm = VllmDouble(model.generator)
+    with serve(generator_url=vllm.url) as client:
+        monkeypatch.setattr("service.generation.vllm_engine.golden_request", scarce)
+        with vllm.running():
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+            assert answer(client)["answer"]
+    assert next(failures, None) is None
 
 
 def outages(client: httpx.Client) -> int:

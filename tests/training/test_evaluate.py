@@ -1,5 +1,6 @@
 """The evaluation of a tiny random checkpoint from the command line: records, resuming, costs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,15 @@ def test_a_question_too_long_for_one_mode_is_left_out_in_every_mode(
 
     write_rows(data, [Row("big", "Where?", long, ("here",))])
     assert run_evaluate(checkpoint, data, tmp_path / "nothing", *fast) == 1
+
+
+def test_a_question_that_the_compressor_does_not_read_whole_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    rows = make_rows(3)
+    rows[1] = replace(rows[1], query="Where did the cats and dogs sleep? " * 40)
+    write_rows(tmp_path / "dev.jsonl", rows)
+    for modes in (["text"], ["compressed"]):
+        out = tmp_path / modes[0]
+        assert run_evaluate(checkpoint, tmp_path / "dev.jsonl", out, "--rates", "8", "--modes", *modes) == 0
+        result = read_json(out / "result.json")
+        assert result["run"]["left_out"] == [rows[1].id]
+        assert {entry["questions"] for entry in result["settings"]} == {2}

@@ -120,6 +120,17 @@ def test_what_a_load_would_refuse_is_not_left_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_what_was_not_verified_to_the_end_is_not_left_behind(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> Model:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.export.load_checkpoint", stopped)
+    assert main(["export", str(finished_run), str(tmp_path / "v1")]) == 130
+    assert not (tmp_path / "v1").exists()
+
+
 def test_what_is_no_run_is_refused_with_a_reason(
     tmp_path: Path,
     finished_run: Path,

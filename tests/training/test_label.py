@@ -191,6 +191,9 @@ class Diverged:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         return [nan if index == 1 else 1.0 for index in range(len(pairs))]
 
+    def reads(self, query: str) -> bool:
+        return True
+
 
 @pytest.mark.parametrize("score", ["logit", "probability"])
 def test_a_score_that_is_no_number_is_never_written(score: Literal["logit", "probability"], tmp_path: Path) -> None:
@@ -268,6 +271,16 @@ def test_a_cross_encoder_scores_each_pair_by_itself(reranker: Path, tiny_bert: P
     assert CrossEncoder(str(two)).scores(pairs[:1]) == pytest.approx([float(logits[1] - logits[0])], abs=1e-5)
     with pytest.raises(BaseModelError, match="3 labels"):
         CrossEncoder(str(build_reranker(tiny_bert, tmp_path / "three", labels=3)))
+
+
+def test_a_cross_encoder_reads_a_query_that_leaves_room_for_a_passage(reranker: Path) -> None:
+    cross_encoder = CrossEncoder(str(reranker), max_tokens=16)
+    lengths = [number for number in range(1, 20) if cross_encoder.reads("the " * number)]
+    assert lengths == list(range(1, 13))  # and [CLS], two [SEP], one token of the passage
+    whole, cut = cross_encoder.scores([("the " * 12, "sea"), ("the " * 12, "sea and land " * 9)])
+    assert cut == pytest.approx(whole, abs=1e-5)
+    with pytest.raises(Exception, match="Truncation error"):
+        cross_encoder.scores([("the " * 13, "sea")])
 
 
 def test_rows_without_any_answer_are_read_for_labelling(tmp_path: Path) -> None:

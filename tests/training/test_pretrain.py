@@ -1,6 +1,7 @@
 """Pretraining on texts: what is asked for, and that `train` goes on from it."""
 
 import gzip
+import itertools
 import json
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.tiny_models import TEXT
 from tests.tiny_pipeline import tiny_model
 from tests.tiny_training import read_metrics, settings, write_run
 from training.__main__ import main
-from training.pretrain import INSTRUCTIONS, make_text_example
+from training.pretrain import INSTRUCTIONS, Kind, make_text_example
 
 LINES = [line for line in TEXT.splitlines() if line]
 
@@ -53,6 +54,15 @@ def test_continuation_asks_for_what_follows_the_chunk(model: Model) -> None:
 def test_a_text_of_one_chunk_is_repeated(model: Model) -> None:
     example = make_text_example(model, Passage("Bread."), "continuation", 12, random.Random(0))
     assert example.answer_ids == model.template.answer_ids("Bread.")
+
+
+def test_a_chunk_of_nothing_but_line_breaks_is_not_asked_for(model: Model) -> None:
+    text = Passage("Bread." + " \n" * 400 + "Salt.")
+    kinds: tuple[Kind, ...] = ("autoencoding", "continuation")
+    for kind, seed in itertools.product(kinds, range(10)):
+        example = make_text_example(model, text, kind, 12, random.Random(seed))
+        assert example.request.passages[0].text.strip() in ("Bread.", "Salt.")
+        assert example.answer_ids
 
 
 def test_train_goes_on_from_a_pretrained_encoder(

@@ -4,6 +4,7 @@ import itertools
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,9 @@ class ByHand:
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         return [self._table[passage] for _, passage in pairs]
 
+    def reads(self, query: str) -> bool:
+        return True
+
 
 def by_hand(count: int) -> tuple[list[Row], ByHand, ByHand]:
     """Rows whose gold passage two teachers half know each, each with noise of its own."""
@@ -138,6 +142,19 @@ def test_the_command_labels_with_several_rerankers(
     scores = [passage.relevance for one in labelled for passage in one.passages]
     assert all(score is not None and 0 < score < 1 for score in scores)
     assert len(set(scores)) > len(ROWS)
+
+
+def test_a_row_whose_query_a_reranker_cannot_read_has_no_relevance(
+    checkpoint: Path, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "labelled.jsonl"
+    write_rows(data, [replace(one, query=f"{one.query} " * (100 if one.id == "r3" else 1)) for one in ROWS])
+    rerankers = ["--reranker", f"checkpoint:{checkpoint}", f"dense:{tiny_bert}"]
+    assert main(["label", "--data", str(data), "--device", "cpu", "--out", str(out), *rerankers]) == 0
+    assert "row 'r3': its query is too long for the reranker" in caplog.text
+    for one in read_rows(out)[0]:
+        assert [passage.gold for passage in one.passages] == [True, False]
+        assert all((passage.relevance is None) == (one.id == "r3") for passage in one.passages)
 
 
 def test_rerankers_are_combined_once_however_often_the_work_is_stopped(
