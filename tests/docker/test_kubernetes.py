@@ -204,6 +204,8 @@ def test_scaling_follows_series_that_exist_and_are_served() -> None:
     assert metrics[1]["metric"]["name"] == "scaledown_requests_in_flight"
     # Above max_sequences answers wait for each other.
     assert waiting < in_flight < settings_of("base").max_sequences
+    # Else every `kubectl apply` would end pods that the autoscaler has started.
+    assert "replicas" not in RENDERED["base"]["Deployment"]["spec"]
     budget = RENDERED["base"]["PodDisruptionBudget"]["spec"]["maxUnavailable"]
     assert RENDERED["base"]["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > budget
 
