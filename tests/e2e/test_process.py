@@ -84,6 +84,16 @@ def load_slowly(settings, folder):
 versions.load_to_serve = load_slowly
 sys.exit(main([]))
 """
+# The service on a machine whose kernel kills a worker for its memory.
+KILLED = """
+import asyncio, sys
+from service.__main__ import main
+start = asyncio.create_subprocess_exec
+async def start_killed(*_, **options):
+    return await start("sh", "-c", "kill -9 $$", **options)
+asyncio.create_subprocess_exec = start_killed
+sys.exit(main([]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +283,12 @@ def test_a_device_that_is_not_there_ends_the_start_as_a_wrong_setting(root: Path
     status, [line] = refused("--device", "cuda:99", checkpoint=str(root / "first"), port="0")
     assert status == 2
     assert json.loads(line)["reason"].startswith("device: cuda:99 is asked for")
+
+
+def test_workers_that_are_killed_at_the_start_end_it_with_the_status_of_a_process_that_was(root: Path) -> None:
+    status, lines = refused(command=("-c", KILLED), checkpoint=str(root / "first"), port="0", workers="2")
+    assert status == 137  # which docs/operate.md names: the memory limit
+    assert json.loads(lines[0])["message"] == "no worker can start"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
