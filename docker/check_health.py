@@ -9,7 +9,8 @@ SECONDS = 4
 
 def main() -> int:
     """The exit status Docker expects: 0 healthy, 1 not."""
-    connection = http.client.HTTPConnection("127.0.0.1", int(os.environ.get("SCALEDOWN_PORT", "8000")), timeout=SECONDS)
+    port = int(os.environ.get("SCALEDOWN_PORT") or "8000")  # set to nothing counts as unset, as in the service
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     try:
         connection.request("GET", "/livez")
         return int(connection.getresponse().status != 200)

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 
 from core.errors import ScaledownError
 from service.exit_status import FAULT, SETTINGS, refuse_start
-from service.listening import bind
+from service.listening import allow_connections, bind
 from service.logs import configure_logging, take_over
 from service.settings import PREFIX, Settings, check_environment, check_keys, explain
 from service.tracing import configured
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return SETTINGS
     configure_logging(settings.log_level)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to follow a link with, it would kill
+    allow_connections()
     try:
         sockets = bind(settings.host, settings.port)
     except ScaledownError as error:

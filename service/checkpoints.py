@@ -118,7 +118,7 @@ class Checkpoints:
 
     async def load(self, name: str) -> str:
         """Have a folder under the root in memory, to be activated later, in place of what was loaded so before."""
-        async with self._change():
+        async with self._change(name):
             target = await self._prepare(self._folder(name), None)
             if target.version not in (self._version(), *self._kept_names()):
                 self._loaded = target
@@ -127,7 +127,7 @@ class Checkpoints:
 
     async def activate(self, name: str) -> str:
         """Serve a folder under the root, or a version that is in memory, from now on."""
-        async with self._change():
+        async with self._change(name):
             in_memory = (self._active, self._loaded, *self._kept)
             known = next((each for each in in_memory if each is not None and each.version == name), None)
             if known is not None:
@@ -136,7 +136,7 @@ class Checkpoints:
 
     async def roll_back(self) -> str:
         """Serve the version that served before."""
-        async with self._change():
+        async with self._change("the one before"):
             if not self._kept:
                 raise CheckpointError("no earlier checkpoint is kept in memory")
             return await self._switch(self._kept[-1].folder, self._kept[-1].version)
@@ -158,11 +158,9 @@ class Checkpoints:
         if self._changing or self._active is None:
             return False
         self._followed = target
-        try:
-            async with self._change():
+        with contextlib.suppress(CheckpointError):
+            async with self._change(target.name):
                 await self._switch(target, None)
-        except CheckpointError as error:
-            log.error("the new checkpoint is refused", extra={"reason": error.message})
         return True
 
     def _linked(self) -> Path | None:
@@ -174,16 +172,17 @@ class Checkpoints:
         return CheckpointState(self._version(), self._kept_names(), loaded)
 
     @contextlib.asynccontextmanager
-    async def _change(self) -> AsyncIterator[None]:
-        """One change at a time; a replica that joins meanwhile waits."""
+    async def _change(self, wanted: str) -> AsyncIterator[None]:
+        """One change at a time; a replica that joins meanwhile waits. Whoever asked for it, a refusal is logged."""
         if self._changing:
             raise CheckpointError("another change of the checkpoint is under way")
         self._changing = True
         try:
             async with self._exclusive:
                 yield
-        except CheckpointError:
+        except CheckpointError as error:
             self._count("refused")
+            log.error("the new checkpoint is refused", extra={"checkpoint": wanted, "reason": error.message})
             raise
         finally:
             self._changing = False

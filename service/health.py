@@ -62,6 +62,8 @@ def set_gauges(engine: Engine) -> None:
     shown, stages = engine.metrics, Counter(session.stage for session in engine.sessions)
     shown.in_flight.set(engine.gate.requests)
     shown.reserved_tokens.set(engine.gate.tokens)
+    shown.requests_limit.set(engine.gate.max_requests)
+    shown.reserved_tokens_limit.set(engine.gate.max_tokens)
     shown.store_bytes.set(engine.store.size)
     engine.caches.publish()
     if engine.active is not None:

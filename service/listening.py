@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import resource
 import socket
 
 from core.errors import ConfigError, ScaledownError
@@ -35,6 +36,17 @@ def bind(host: str, port: int) -> list[socket.socket]:
             raise ConfigError(f"host: {host} is no address of this machine: give one that is, or 0.0.0.0 for all")
         opened.pop_all()
         return sockets
+
+
+def allow_connections() -> None:
+    """Raise the limit of open files to what this process may have: each connection is one, and 1024 are usual.
+
+    Where none is left nobody is accepted, health probes included, and asyncio fills the log with it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # a kernel may have a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def address_error(error: OSError, host: str, port: int) -> ScaledownError:

@@ -48,6 +48,8 @@ class Metrics:
         self.in_flight = gauge("requests_in_flight", "Requests that hold a place")
         self.in_stage = gauge("requests_in_stage", "Requests by the stage they are in or wait for", "stage")
         self.reserved_tokens = gauge("reserved_tokens", "Tokens of the requests that hold a place")
+        self.requests_limit = gauge("requests_limit", "Requests that may hold a place at one time")
+        self.reserved_tokens_limit = gauge("reserved_tokens_limit", "Tokens that may be reserved at one time")
         self.batch_rows = histogram("compress_batch_rows", "Chunks in a compression batch", COUNT)
         self.batch_tokens = histogram("compress_batch_tokens", "Tokens in a compression batch, padded", TOKENS)
         self.padding_share = histogram("compress_padding_share", "Padding in a compression batch, 0 to 1", SHARE)

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from starlette._utils import get_route_path  # the path as routes see it; a key is checked for no other
@@ -92,9 +92,9 @@ class RequestContext:
             if not status:
                 await error_response(error)(scope, receive, send_named)
         finally:
-            session = state.get("session")
-            status = self._count_error(state.get("error_code"), status)
-            self._note(route, status, time.perf_counter() - began, session)
+            session, code = state.get("session"), state.get("error_code")
+            status = self._count_error(code, status)
+            self._note(route, status, code, time.perf_counter() - began, session)
             if span is not None:
                 span.end(scope["method"], route, status, request_id, session)
 
@@ -104,10 +104,12 @@ class RequestContext:
             self.metrics.errors.labels(code).inc()
         return CLIENT_LEFT if code == ClientLeftError.code else status  # a stream that was left began with 200
 
-    def _note(self, route: str, status: int, seconds: float, session: "Session | None") -> None:
+    def _note(self, route: str, status: int, code: str | None, seconds: float, session: "Session | None") -> None:
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
-        extra = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}
+        extra: dict[str, Any] = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}
+        if code is not None:
+            extra["error"] = code
         if session is not None:
             extra["checkpoint"] = session.version.model.name
         log.log(logging.DEBUG if route in QUIET else logging.INFO, "request", extra=extra)

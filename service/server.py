@@ -152,6 +152,17 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # a task that nobody holds may be collected
         self._lifespan = contextlib.AsyncExitStack()
+        self._alone = False  # whether the process is this server's, to end with it
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. A process of its own ends here, and waits for none of its threads.
+
+        One may be in a step of the model that nobody waits for any more: Python cannot end beside a thread that is in
+        torch, which aborts the process. Another may be loading a checkpoint, for minutes.
+        """
+        await super().serve(sockets)
+        if self._alone:
+            os._exit(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then listen. Raises what the application does, and PortError."""
@@ -175,11 +186,12 @@ class Server(uvicorn.Server):
             await self._lifespan.aclose()
 
     def settle(self) -> None:
-        """Once it serves, in a process of its own: tidy up, and listen for SIGHUP."""
+        """Once it serves, in a process of its own: tidy up, listen for SIGHUP, and end the process at the end."""
         # Libraries and the model are hundreds of thousands of objects: to look through them again and again would hold
         # up every request for tenths of a second. A version that is unloaded later has no cycles, and is freed anyway.
         gc.collect()
         gc.freeze()
+        self._alone = True
         signal.signal(signal.SIGHUP, lambda *_: self._call(self._follow_link))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -40,14 +40,13 @@ class Versions:
 
         `max_model_bytes` bounds it too, and only that: what is free now, unlike at a swap, is all for this version.
         """
-        loop = asyncio.get_running_loop()
         if model is None:
             folder = folder or configured_folder(self._settings)
             if folder is not None and (limit := self._settings.max_model_bytes):
                 self._check_room(folder.name, least_bytes(self._settings, folder), limit)
-            model = await loop.run_in_executor(None, load_to_serve, self._settings, folder)
+            model = await self._read(folder)
         else:
-            await loop.run_in_executor(None, warm_up, model)
+            await asyncio.get_running_loop().run_in_executor(None, warm_up, model)
         with contextlib.suppress(GeneratorUnavailableError):  # /readyz says so until it is there
             await self._add(model)
         if folder is not None and (limit := self._settings.max_model_bytes):
@@ -90,19 +89,26 @@ class Versions:
         self._measure()
 
     async def _load(self, folder: Path | None, version: str | None, label: str) -> str:
-        loop = asyncio.get_running_loop()
         if folder is not None:
-            name = await loop.run_in_executor(None, version_of, folder)
+            name = await asyncio.get_running_loop().run_in_executor(None, version_of, folder)
             if version is not None and name != version:
                 raise CheckpointError(f"{label}: has changed on disk: it is {name} now and was {version}")
             if name in self._loaded:
                 return name
             self._check_memory(folder)
-        model = await loop.run_in_executor(None, load_to_serve, self._settings, folder)
+        model = await self._read(folder)
         if version is not None and model.name != version:
             raise CheckpointError(f"{label}: is {model.name} now and was {version}")
         await self._add(model)
         return model.name
+
+    async def _read(self, folder: Path | None) -> Model:
+        """Load, verify and warm up. A large model takes minutes: the log says what it is that takes them."""
+        log.info("loading a checkpoint", extra={"checkpoint": folder.name if folder else "untrained"})
+        model = await asyncio.get_running_loop().run_in_executor(None, load_to_serve, self._settings, folder)
+        format_and_place = {"dtype": model.number_format, "device": str(model.device)}
+        log.info("a checkpoint is loaded", extra={"checkpoint": model.name, **format_and_place})
+        return model
 
     async def _add(self, model: Model) -> None:
         """Take a model in, and see that what writes its answers has its weights."""

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 LOOKS = 16  # at the whole folder, while as much is written as it may hold
 KEPT_SHARE = 0.9  # of the limit, after files were removed: so that not every write has to remove some
 STALE_SECONDS = 3600.0  # after which a file that was never finished is removed
+PAUSE_SECONDS = 60.0  # a disk that is full or cannot be written is left alone for so long, and said once
 TOUCH_SECONDS = 60.0  # how exact it is known when a file was used
 
 
@@ -38,6 +39,7 @@ class FolderStore:
         self._max_bytes = max_bytes
         self._bytes = 0  # in the folder, as far as is known
         self._until_look = 0  # bytes that may be written before the next look
+        self._paused_until = 0.0
         self._lock = threading.Lock()
 
     def read(self, key: PrefixKey, max_bytes: int) -> bytes | None:
@@ -57,6 +59,8 @@ class FolderStore:
 
     def write(self, key: PrefixKey, blob: bytes) -> None:
         """Write a file beside its place and move it there."""
+        if time.monotonic() < self._paused_until:
+            return
         path = self._path(key)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
         try:
@@ -69,7 +73,8 @@ class FolderStore:
             part.write_bytes(blob)
             part.replace(path)
         except OSError as error:
-            log.warning("a chunk cannot be kept on disk", extra={"error": error.strerror})
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            log.warning("chunks cannot be kept on disk for now", extra={"error": error.strerror})
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 

@@ -197,6 +197,10 @@ def test_check_health_of_nothing_fails() -> None:
     assert run_script("check_health", SCALEDOWN_PORT=str(port)).returncode == 1
 
 
+def test_check_health_takes_a_port_that_is_set_to_nothing_for_the_default() -> None:
+    assert "Traceback" not in run_script("check_health", SCALEDOWN_PORT="").stderr
+
+
 @pytest.fixture
 def started_with(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run start_service where `python -m service` only reports its arguments and our variables."""

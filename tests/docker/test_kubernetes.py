@@ -140,13 +140,36 @@ def test_probes_and_scrapes_ask_what_the_service_has() -> None:
     [service] = pod_of("base")["containers"]
     probes = {name: service[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
     asked = {name: probe["httpGet"]["path"] for name, probe in probes.items()}
-    assert asked == {"startup": "/readyz", "liveness": "/livez", "readiness": "/readyz"}
+    # Not /readyz at the start: a vLLM server that is away would have every pod killed and loaded again.
+    assert asked == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
     assert {*asked.values(), "/metrics"} <= paths
     ports = {port["name"]: port["containerPort"] for port in service["ports"]}
     assert {probe["httpGet"]["port"] for probe in probes.values()} <= set(ports)
-    annotations = RENDERED["base"]["Deployment"]["spec"]["template"]["metadata"]["annotations"]
-    assert annotations["prometheus.io/scrape"] == "true"
-    assert int(annotations["prometheus.io/port"]) == ports["http"] == Settings.model_fields["port"].default
+    assert ports["http"] == Settings.model_fields["port"].default
+
+
+def test_the_scrape_finds_the_pods_under_the_name_that_alerts_ask_for(tmp_path: Path) -> None:
+    [job] = yaml.safe_load((FOLDER / "prometheus-scrape.yaml").read_text())
+    jobs = yaml.safe_load((FOLDER.parent / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["job_name"] == jobs[0]["job_name"]
+    template = RENDERED["base"]["Deployment"]["spec"]["template"]
+    [port] = template["spec"]["containers"][0]["ports"]
+    meta = {
+        f"__meta_kubernetes_pod_label_{re.sub('[^a-zA-Z0-9_]', '_', name)}": value
+        for name, value in template["metadata"]["labels"].items()
+    } | {"__meta_kubernetes_pod_container_port_name": port["name"]}
+    kept = [rule for rule in job["relabel_configs"] if rule.get("action") == "keep"]
+    assert kept
+    for rule in kept:
+        assert re.fullmatch(rule["regex"], ";".join(meta[label] for label in rule["source_labels"]))
+    targets = {rule["target_label"] for rule in job["relabel_configs"] if rule not in kept}
+    assert targets == {"namespace", "pod", "instance"}
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]  # which Debian's promtool does not know
+    if shutil.which("promtool"):
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump({"scrape_configs": [job]}))
+        command = ["promtool", "check", "config", "--syntax-only", str(tmp_path / "prometheus.yml")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", SERVING)
@@ -181,6 +204,8 @@ def test_scaling_follows_series_that_exist_and_are_served() -> None:
     assert metrics[1]["metric"]["name"] == "scaledown_requests_in_flight"
     # Above max_sequences answers wait for each other.
     assert waiting < in_flight < settings_of("base").max_sequences
+    # Else every `kubectl apply` would end pods that the autoscaler has started.
+    assert "replicas" not in RENDERED["base"]["Deployment"]["spec"]
     budget = RENDERED["base"]["PodDisruptionBudget"]["spec"]["maxUnavailable"]
     assert RENDERED["base"]["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > budget
 

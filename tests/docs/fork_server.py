@@ -77,14 +77,19 @@ def serve(address: Path) -> None:
 
 
 def _answer(connection: socket.socket) -> None:
-    """Be the command that the connection asks for. Ends this process."""
+    """Run the command that the connection asks for, in a fork, and say how that ended. Ends this process."""
     header, files, _, _ = socket.recv_fds(connection, 4, 3)
     (size,) = struct.unpack("!I", header)
     name, arguments, folder, environment = json.loads(connection.recv(size, socket.MSG_WAITALL))
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    connection.sendall(struct.pack("!I", os.getpid()))
+    if (command := os.fork()) != 0:  # it may end itself, as the service does
+        connection.sendall(struct.pack("!I", command))
+        status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
+        connection.sendall(bytes([status if status >= 0 else 128 - status]))
+        os._exit(0)
+    connection.close()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -100,7 +105,6 @@ def _answer(connection: socket.socket) -> None:
         for stream in (sys.stdout, sys.stderr):
             if not stream.closed:
                 stream.flush()
-        connection.sendall(bytes([status]))
         os._exit(status)
 
 

@@ -25,6 +25,7 @@ from core.model import build_model
 from service import demo
 from service.versions import version_of
 from tests.free_port import free_port
+from tests.waiting import wait_for
 
 BODY: dict[str, Any] = {
     "query": "Who discovered polonium?",
@@ -53,6 +54,44 @@ def load(*_):
     print("loading", file=sys.stderr, flush=True)
     time.sleep(600)
 versions.load_to_serve = load
+sys.exit(main([]))
+"""
+# The service with a step of the worker that goes on, in and out of torch, for longer than anybody waits.
+BUSY = """
+import sys, time, torch
+from service.__main__ import main
+from service.lane import Lane
+def advance(lane):
+    print("a step", file=sys.stderr, flush=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        torch.ones(32, 32) @ torch.ones(32, 32)
+    return True
+Lane.advance = advance
+sys.exit(main([]))
+"""
+# The service, for which another checkpoint than the first takes long to load.
+LARGE_SWAP = """
+import sys, time
+from service import versions
+from service.__main__ import main
+load = versions.load_to_serve
+def load_slowly(settings, folder):
+    if folder.name == "second":
+        print("loading", file=sys.stderr, flush=True)
+        time.sleep(600)
+    return load(settings, folder)
+versions.load_to_serve = load_slowly
+sys.exit(main([]))
+"""
+# The service on a machine whose kernel kills a worker for its memory.
+KILLED = """
+import asyncio, sys
+from service.__main__ import main
+start = asyncio.create_subprocess_exec
+async def start_killed(*_, **options):
+    return await start("sh", "-c", "kill -9 $$", **options)
+asyncio.create_subprocess_exec = start_killed
 sys.exit(main([]))
 """
 
@@ -155,6 +194,33 @@ def test_sigterm_ends_what_cannot_finish_with_a_clear_error(root: Path) -> None:
     assert re.search(r'event: (error\ndata: .*"code": "stopping"|done)', text)
 
 
+def test_a_step_that_outlasts_the_drain_is_left_and_the_exit_status_is_0(root: Path) -> None:
+    """Python cannot end while a thread runs in torch: the process would be aborted, and count as failed."""
+    with running(root / "first", command=("-c", BUSY), drain_seconds="0.2") as (process, client, log):
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(_ask, f"{client.base_url}/answer")
+            wait_for(lambda: "a step\n" in log)
+            process.send_signal(signal.SIGTERM)
+            response = asked.result()
+        assert process.wait(60) == 0, "".join(log)
+    assert response is not None
+    assert response.json()["error"]["code"] == "stopping"
+    assert "terminate called" not in "".join(log)
+
+
+def test_a_checkpoint_that_is_being_loaded_does_not_hold_up_the_end(root: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to(root / "first")
+    with running(link, command=("-c", LARGE_SWAP)) as (process, client, log):
+        link.unlink()
+        link.symlink_to(root / "second")
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "loading\n" in log)
+        assert client.post("/answer", json=BODY).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
 def test_a_terminal_that_closes_during_the_start_ends_nothing(root: Path) -> None:
     with running(root / "first", command=("-c", HUNG_UP)) as (process, client, _):
         assert client.get("/readyz").json()["checkpoint"] == version_of(root / "first")
@@ -217,6 +283,12 @@ def test_a_device_that_is_not_there_ends_the_start_as_a_wrong_setting(root: Path
     status, [line] = refused("--device", "cuda:99", checkpoint=str(root / "first"), port="0")
     assert status == 2
     assert json.loads(line)["reason"].startswith("device: cuda:99 is asked for")
+
+
+def test_workers_that_are_killed_at_the_start_end_it_with_the_status_of_a_process_that_was(root: Path) -> None:
+    status, lines = refused(command=("-c", KILLED), checkpoint=str(root / "first"), port="0", workers="2")
+    assert status == 137  # which docs/operate.md names: the memory limit
+    assert json.loads(lines[0])["message"] == "no worker can start"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

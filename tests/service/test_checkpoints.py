@@ -226,7 +226,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN.keys())
 def test_a_broken_checkpoint_changes_nothing_and_says_why(
-    root: Path, tmp_path: Path, damage: Callable[[Path], None]
+    root: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(root / "first", tmp_path / "first")
     shutil.copytree(root / "second", tmp_path / "broken")
@@ -237,6 +237,9 @@ def test_a_broken_checkpoint_changes_nothing_and_says_why(
         assert response.status_code == 409
         assert error(response)["code"] == "checkpoint"
         assert len(error(response)["message"]) > 20
+        [line] = [record for record in caplog.records if record.message == "the new checkpoint is refused"]
+        told = {"checkpoint": "broken", "reason": error(response)["message"]}  # where the alert sends the operator
+        assert told.items() <= vars(line).items()
         after = answer(client)
         assert {**after, "timings_ms": None} == {**before, "timings_ms": None}
         assert 'scaledown_checkpoint_swaps_total{result="refused"} 1.0' in client.get("/metrics").text

@@ -1,13 +1,14 @@
 """Which sockets stand for an address, and what is said where there are none."""
 
 import errno
+import resource
 import socket
 
 import pytest
 
 from core.errors import ConfigError
 from service.errors import PortError
-from service.listening import address_error, bind
+from service.listening import address_error, allow_connections, bind
 
 
 def test_all_addresses_of_a_name_get_the_same_port_and_nobody_listens_yet() -> None:
@@ -36,3 +37,13 @@ def test_a_port_that_is_not_for_this_user_is_named() -> None:
     refusal = address_error(PermissionError(errno.EACCES, "Permission denied"), "127.0.0.1", 80)
     assert isinstance(refusal, ConfigError)
     assert refusal.message == "port: 80 on 127.0.0.1 is not for this user: give --port 1024 or above, or allow it"
+
+
+def test_connections_are_as_many_as_the_process_may_have() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        allow_connections()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -68,6 +68,12 @@ def test_tokens_are_those_of_the_responses(serve: Serve) -> None:
         assert value(client, 'scaledown_stage_seconds_count{stage="queue"}') == len(usages)
 
 
+def test_the_limits_are_beside_what_is_taken_of_them(serve: Serve) -> None:
+    with serve(max_requests=7, max_tokens_in_flight=5000) as client:
+        assert value(client, "scaledown_requests_limit") == 7
+        assert value(client, "scaledown_reserved_tokens_limit") == 5000
+
+
 def test_the_queue_is_seen_while_it_lasts(serve: Serve) -> None:
     with serve(max_sequences=1) as client:
         bodies = [LONG, LONG]

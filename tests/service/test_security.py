@@ -162,7 +162,9 @@ def test_logs_hold_no_passages_and_no_keys(serve: Serve, caplog: pytest.LogCaptu
         client.post("/rerank", json=body, headers={**bearer(KEY), "X-Request-Id": "find-me"})
         client.post("/rerank", json={**body, "mode": "private"}, headers=bearer(KEY))
     ours = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("service")]
-    assert any(json.loads(line).get("route") == "/rerank" for line in ours)
+    lines = [json.loads(line) for line in ours]
+    asked = [(line["status"], line.get("error")) for line in lines if line.get("route") == "/rerank"]
+    assert asked == [(200, None), (422, "invalid_input")]
     assert not any("private" in line or KEY in line for line in ours)
 
 
