@@ -177,7 +177,7 @@ def test_openai_clients_have_it_too(client: httpx.Client) -> None:
     got = client.post("/v1/chat/completions", json=body).json()
     assert got["choices"][0]["message"]["content"] == native["answer"]
     assert got["usage"]["prompt_tokens"] == native["usage"]["prompt_tokens"] <= 150
-    assert got["scaledown"] == {"passages": native["passages"], "plan": native["plan"]}
+    assert got["scaledown"] == {name: native[name] for name in ("passages", "answerable", "plan")}
     streamed = client.post("/v1/chat/completions", json={**body, "stream": True}).text.splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in streamed if line.startswith("data: {")]
     assert chunks[-1]["choices"][0]["finish_reason"] is not None
