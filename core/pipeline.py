@@ -98,19 +98,25 @@ def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRe
     for index, passage in enumerate(passages):
         _require_encodable(f"passages.{index}.title", passage.title)
         _require_encodable(f"passages.{index}.text", passage.text)
-    config = model.config.compressor
-    query_ids = encode(model.compressor.tokenizer, query).ids
-    if len(query_ids) > config.query_tokens:
-        message = f"has {len(query_ids)} tokens; the compressor reads at most {config.query_tokens}: ask in fewer words"
-        raise TooLargeError("query", message, config.query_tokens)
+    query_ids = encode_query(model, query)
     chunks = [
         chunk
         for index, passage in enumerate(passages)
         for chunk in chunk_passage(
-            passage, index, model.generator.tokenizer, model.compressor.tokenizer, config.chunk_tokens
+            passage, index, model.generator.tokenizer, model.compressor.tokenizer, model.config.compressor.chunk_tokens
         )
     ]
     return PreparedRequest(query, tuple(passages), query_ids, tuple(chunks))
+
+
+def encode_query(model: Model, query: str) -> list[int]:
+    """A query's ids for the compressor. Raises TooLargeError for one over its budget."""
+    most = model.config.compressor.query_tokens
+    ids = encode(model.compressor.tokenizer, query).ids
+    if len(ids) > most:
+        message = f"has {len(ids)} tokens; the compressor reads at most {most}: ask in fewer words"
+        raise TooLargeError("query", message, most)
+    return ids
 
 
 def _require_encodable(field: str, text: str) -> None:

@@ -14,3 +14,8 @@ def refuse_start(error: ScaledownError) -> int:
     """Say in one line why the service cannot start; the status to exit with."""
     log.critical("the service cannot start", extra={"reason": error.message})
     return SETTINGS if isinstance(error, ConfigError) else REFUSED
+
+
+def shell_status(status: int) -> int:
+    """What a shell makes of a process's end: one that signal 9 killed, as where memory runs out, ended with 137."""
+    return 128 - status if status < 0 else status

@@ -46,10 +46,10 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-router = APIRouter(responses=documented(*NATIVE_ERRORS), dependencies=[API_KEY, REQUEST_HEADERS])
+router = APIRouter(responses=documented(*NATIVE_ERRORS), dependencies=[API_KEY])
 
 
-@router.post("/compress", response_model=CompressResponse)
+@router.post("/compress", response_model=CompressResponse, openapi_extra=REQUEST_HEADERS)
 async def compress(body: CompressRequest, request: Request, engine: ThisEngine) -> Response:
     """Compress passages for a query into memory embeddings."""
     with await open_session(request, engine, body) as session:
@@ -66,6 +66,7 @@ async def compress(body: CompressRequest, request: Request, engine: ThisEngine) 
     response_model=RerankResponse | TeiResponse | JinaResponse,
     responses=RERANK_ERRORS,
     dependencies=[Depends(choose_dialect)],
+    openapi_extra=REQUEST_HEADERS,
 )
 async def rerank(body: RerankBody, request: Request, engine: ThisEngine) -> Response:
     """Score passages for a query, best first. With `texts` in their place: as TEI does; with `documents`: as Jina."""
@@ -73,7 +74,7 @@ async def rerank(body: RerankBody, request: Request, engine: ThisEngine) -> Resp
     return await serve_ranking(request, engine, native, written)
 
 
-@router.post("/answer", response_model=AnswerResponse, responses=STREAM)
+@router.post("/answer", response_model=AnswerResponse, responses=STREAM, openapi_extra=REQUEST_HEADERS)
 async def answer(body: AnswerRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer a query from its passages, in one piece or as a stream of events."""
     return await serve_answer(request, engine, body, Events())

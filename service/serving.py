@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -30,20 +30,18 @@ async def engine_of(request: Request) -> Engine:
 ThisEngine = Annotated[Engine, Depends(engine_of)]
 
 
-async def _documented(
-    checkpoint: Annotated[  # `named_version` reads it
-        str | None,
-        Header(alias=CHECKPOINT_HEADER, description="a version in memory that is to serve; unset: the active one"),
-    ] = None,
-    request_id: Annotated[  # the middleware reads it
-        str | None,
-        Header(alias="X-Request-Id", description="the caller's name for this request, given back; unset: one is made"),
-    ] = None,
-) -> None:
-    """Nothing: it has the headers of requests in the OpenAPI document."""
+def _header(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": description}
 
 
-REQUEST_HEADERS = Depends(_documented)
+# `openapi_extra` of the routes that take them, and no parameters: `named_version` and the middleware read them, and a
+# parameter FastAPI would read at each request too.
+REQUEST_HEADERS = {
+    "parameters": [
+        _header(CHECKPOINT_HEADER, "a version in memory that is to serve; unset: the active one"),
+        _header("X-Request-Id", "the caller's name for this request, given back; unset: one is made"),
+    ]
+}
 
 
 def named_version(request: Request, engine: Engine) -> Version | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from service.channel import Channel, Handler
 from service.checkpoints import Checkpoint, Checkpoints
-from service.exit_status import REFUSED, SETTINGS
+from service.exit_status import REFUSED, SETTINGS, shell_status
 from service.metrics import Metrics
 from service.settings import Settings
 from service.shared_metrics import VARIABLE, clear, forget_worker, note_worker, share_metrics
@@ -97,11 +97,11 @@ class Supervisor:
         while not self._stopping.is_set():
             joined, status = await self._run_worker(number)
             if self._stopping.is_set():
-                self._status = self._status or (exit_status(status) if joined else 0)
+                self._status = self._status or (shell_status(status) if joined else 0)
             elif not joined and not self._checkpoints.replicas:
                 if status not in (SETTINGS, REFUSED):  # then it has said why
                     log.critical("no worker can start", extra={"worker": number, "status": status})
-                self._status = exit_status(status) or 1
+                self._status = shell_status(status) or 1
                 self._stop(signal.SIGTERM)
             else:
                 pause = 0.0 if joined else min(MAX_PAUSE_S, 2 * pause + 1)
@@ -191,11 +191,6 @@ class Supervisor:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def exit_status(status: int) -> int:
-    """What a shell makes of a process's end: one that signal 9 killed, as where memory runs out, ended with 137."""
-    return 128 - status if status < 0 else status
 
 
 def supervise(settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket]) -> int:

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from core.checkpoint import load_checkpoint
-from core.errors import ConfigError
+from core.errors import ConfigError, TooLargeError
 from core.passages import Passage
-from core.pipeline import compress, prepare
-from core.tokenization import encode
+from core.pipeline import compress, encode_query, prepare
 from training.calibration import fit_platt
 from training.cross_encoder import CrossEncoder, Pair
 from training.data_format import Row
@@ -85,8 +84,11 @@ class CompressorTeacher:
 
     def reads(self, query: str) -> bool:
         """Whether the compressor does."""
-        compressor = self._model.compressor
-        return len(encode(compressor.tokenizer, query).ids) <= compressor.config.query_tokens
+        try:
+            encode_query(self._model, query)
+        except TooLargeError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)

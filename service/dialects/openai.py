@@ -36,7 +36,7 @@ router = APIRouter(
 )
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM, dependencies=[REQUEST_HEADERS])
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAM, openapi_extra=REQUEST_HEADERS)
 async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer the last user message from `documents`, or from what `tool` and `context` messages hold."""
     check_model(engine, body.model, request)
@@ -46,7 +46,7 @@ async def chat(body: ChatRequest, request: Request, engine: ThisEngine) -> Respo
     )
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM, dependencies=[REQUEST_HEADERS])
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAM, openapi_extra=REQUEST_HEADERS)
 async def complete(body: CompletionRequest, request: Request, engine: ThisEngine) -> Response:
     """Answer `prompt`, a question, from `documents`. The prompt is not continued: it is put into the template."""
     check_model(engine, body.model, request)

@@ -33,7 +33,7 @@ from service.jobs import Compressed
 from service.serving import REQUEST_HEADERS, ThisEngine, serve_ranking
 from service.session import Session
 
-router = APIRouter(tags=["rerank dialects"], dependencies=[API_KEY, REQUEST_HEADERS])
+router = APIRouter(tags=["rerank dialects"], dependencies=[API_KEY])
 JINA_ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": JinaErrorResponse, "description": "the request cannot be served as it stands"},
     "5XX": {"model": JinaErrorResponse, "description": "the service cannot serve now"},
@@ -44,13 +44,13 @@ COHERE_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post("/v1/rerank", response_model=JinaResponse, responses=JINA_ERRORS)
+@router.post("/v1/rerank", response_model=JinaResponse, responses=JINA_ERRORS, openapi_extra=REQUEST_HEADERS)
 async def rerank_v1(body: JinaRequest, request: Request, engine: ThisEngine) -> Response:
     """Score documents for a query, as Jina and vLLM do."""
     return await serve_ranking(request, engine, body.as_native(), partial(jina_response, body))
 
 
-@router.post("/v2/rerank", response_model=CohereResponse, responses=COHERE_ERRORS)
+@router.post("/v2/rerank", response_model=CohereResponse, responses=COHERE_ERRORS, openapi_extra=REQUEST_HEADERS)
 async def rerank_v2(body: CohereRequest, request: Request, engine: ThisEngine) -> Response:
     """Score documents for a query, as Cohere does."""
     return await serve_ranking(request, engine, body.as_native(), partial(cohere_response, body))

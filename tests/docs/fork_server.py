@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from service.exit_status import shell_status
 from tests.docs.shortening import shortened
 
 # A program for a bare interpreter: no site-packages, up in a few hundredths of a second.
@@ -87,7 +88,7 @@ def _answer(connection: socket.socket) -> None:
     if (command := os.fork()) != 0:  # it may end itself, as the service does
         connection.sendall(struct.pack("!I", command))
         status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
-        connection.sendall(bytes([status if status >= 0 else 128 - status]))
+        connection.sendall(bytes([shell_status(status)]))
         os._exit(0)
     connection.close()
     os.chdir(folder)
