@@ -15,7 +15,7 @@ from core.errors import ScaledownError
 from service.exit_status import FAULT, SETTINGS, refuse_start
 from service.listening import allow_connections, bind
 from service.logs import configure_logging, take_over
-from service.settings import PREFIX, Settings, check_environment, check_keys, explain
+from service.settings import PREFIX, Settings, check_environment, check_keys, explain, open_to_others
 from service.tracing import configured
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(explain(error), file=sys.stderr)
         return SETTINGS
     configure_logging(settings.log_level)
+    if open_to_others(settings):
+        log.warning(f"no key is asked for: set {PREFIX}API_KEYS unless all who reach this address may call")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to follow a link with, it would kill
     allow_connections()
     try:

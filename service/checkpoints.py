@@ -164,7 +164,12 @@ class Checkpoints:
         return True
 
     def _linked(self) -> Path | None:
-        return self._settings.checkpoint and self._settings.checkpoint.resolve()
+        """Where the configured path leads; itself where its links lead in a circle, which loading then refuses."""
+        path = self._settings.checkpoint
+        try:
+            return path and path.resolve()
+        except (OSError, RuntimeError):
+            return path
 
     async def state(self) -> CheckpointState:
         """Which versions there are."""

@@ -2,11 +2,20 @@
 
 import contextlib
 import errno
+import ipaddress
 import resource
 import socket
 
 from core.errors import ConfigError, ScaledownError
 from service.errors import PortError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches `host`, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

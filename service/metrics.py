@@ -13,7 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from service.shared_metrics import FORGOTTEN, SharedCollector, shared_folder
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 65536)
 SHARE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COUNT = (1, 2, 4, 8, 16, 32, 64, 128)

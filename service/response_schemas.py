@@ -90,10 +90,17 @@ class RankedPassage(BaseModel):
     relevance: float
 
 
+class RerankUsage(CacheUsage):
+    """Tokens of the passages as text."""
+
+    text_tokens: int
+
+
 class RerankResponse(BaseModel):
     """Passages, most relevant first."""
 
     results: list[RankedPassage]
+    usage: RerankUsage
     timings_ms: Timings
     checkpoint: str
 

@@ -23,6 +23,7 @@ from service.response_schemas import (
     Evidence,
     RankedPassage,
     RerankResponse,
+    RerankUsage,
     Usage,
 )
 from service.schemas import CompressRequest, Embeddings
@@ -67,7 +68,17 @@ def rerank_response(session: Session, compressed: Compressed, top_n: int | None)
     ids, passages = _ids(session), compressed.passages
     best = [passages[index] for index in rerank(passages)[:top_n]]
     results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance or 0.0) for p in best]
-    return RerankResponse(results=results, timings_ms=session.timings_ms(), checkpoint=session.version.model.name)
+    cached_chunks, cached_documents = count_cached(passages)
+    return RerankResponse(
+        results=results,
+        usage=RerankUsage(
+            text_tokens=sum(passage.tokens for passage in passages),
+            cached_chunks=cached_chunks,
+            cached_documents=cached_documents,
+        ),
+        timings_ms=session.timings_ms(),
+        checkpoint=session.version.model.name,
+    )
 
 
 def answered_passages(

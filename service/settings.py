@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import ConfigError, ScaledownError
+from service.listening import is_loopback
 
 PREFIX = "SCALEDOWN_"
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "demo"
@@ -199,6 +200,13 @@ class Settings(BaseSettings):
                 raise ValueError("a key needs at least 16 characters")
         return value
 
+    @field_validator("checkpoint_root")
+    @classmethod
+    def _check_root(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError("must be a folder that is there")
+        return value
+
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
         if self.engine is not None and (self.engine == "vllm") != bool(self.generator_url):
@@ -213,13 +221,17 @@ def explain(error: ValidationError | ScaledownError) -> str:
     return "\n".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
 
 
+def open_to_others(settings: Settings) -> bool:
+    """Whether callers from other machines need no key."""
+    return not settings.api_keys and not is_loopback(settings.host)
+
+
 def check_keys(settings: Settings) -> None:
     """Refuse to be open to others where a client's key is set: its name differs from the service's by one letter.
 
     Raises ConfigError.
     """
-    alone = settings.host in ("127.0.0.1", "::1", "localhost")
-    if os.environ.get(PREFIX + "API_KEY") and not settings.api_keys and not alone:
+    if os.environ.get(PREFIX + "API_KEY") and open_to_others(settings):
         raise ConfigError(f"{PREFIX}API_KEY is what a client sends: set {PREFIX}API_KEYS, or anyone may call")
 
 

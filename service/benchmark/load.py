@@ -5,7 +5,6 @@ Closed loops find the throughput; open loops show what callers wait at a rate th
 """
 
 import asyncio
-import ipaddress
 import json
 import math
 import random
@@ -20,6 +19,7 @@ import httpx
 
 from core.errors import ConfigError
 from service.benchmark.statistics import percentiles
+from service.listening import is_loopback
 
 Body = dict[str, Any]
 REQUEST_SECONDS = 600
@@ -51,12 +51,7 @@ class Outcome:
 
 def require_loopback(url: str) -> None:
     """Raises ConfigError for a service that is not on this machine: a load is an attack on anyone else's."""
-    host = urlsplit(url).hostname or ""
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
+    if not is_loopback(urlsplit(url).hostname or ""):
         raise ConfigError("url: must be a service on this machine, such as http://127.0.0.1:8000")
 
 

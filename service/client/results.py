@@ -219,12 +219,22 @@ class RankedPassage:
 
 
 @dataclass(frozen=True, slots=True)
+class RerankUsage:
+    """Tokens of the passages as text, and how many of their chunks caches gave."""
+
+    text_tokens: int
+    cached_chunks: int = 0
+    cached_documents: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Ranking:
-    """Passages, most relevant first."""
+    """Passages, most relevant first. `usage` is None from services before it was told."""
 
     results: tuple[RankedPassage, ...]
     timings_ms: dict[str, float]
     checkpoint: str
+    usage: RerankUsage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,9 +102,9 @@ def parse_models(text: str, wanted: str) -> tuple[str, int | None]:
 
     Raises EngineError where it is not there, or not the only one.
     """
-    served = {
-        str(entry["id"]): entry for entry in _parse(text).get("data") or [] if isinstance(entry, dict) and "id" in entry
-    }
+    listed = _parse(text).get("data")
+    entries = listed if isinstance(listed, list) else []
+    served = {str(entry["id"]): entry for entry in entries if isinstance(entry, dict) and "id" in entry}
     name = wanted or next(iter(served), "")
     if name not in served or (not wanted and len(served) > 1):
         names = ", ".join(served) or "none"

@@ -88,8 +88,9 @@ def test_an_equal_request_is_not_computed_again(serve: Serve, monkeypatch: pytes
         chunks = again["usage"]["cached_chunks"]
         assert chunks > len(PASSAGES)
         assert plain(again) == plain(first)
-        ranked = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES[::-1]}).json()["results"]
-        assert {2 - each["index"]: each["relevance"] for each in ranked} == {
+        ranked = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES[::-1]}).json()
+        assert usage(ranked) == (chunks, 0)
+        assert {2 - each["index"]: each["relevance"] for each in ranked["results"]} == {
             each["index"]: each["relevance"] for each in first["passages"]
         }
         compressed = client.post("/compress", json={"query": QUERY, "passages": PASSAGES}).json()

@@ -339,4 +339,5 @@ def test_a_link_that_moves_is_followed(root: Path, tmp_path: Path) -> None:
 
         assert follow(root / "second") == version_of(root / "second")
         assert follow(tmp_path / "nothing") == version_of(root / "second")
+        assert follow(link) == version_of(root / "second")  # a circle
         assert follow(root / "first") == version_of(root / "first")

@@ -19,7 +19,12 @@ def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--port", "x"], "port:"), (["--max-passages", "0"], "max_passages:"), (["--device", "tpu"], "device:")],
+    [
+        (["--port", "x"], "port:"),
+        (["--max-passages", "0"], "max_passages:"),
+        (["--device", "tpu"], "device:"),
+        (["--checkpoint-root", "/nowhere"], "checkpoint_root:"),
+    ],
 )
 def test_a_wrong_value_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert main(arguments) == 2

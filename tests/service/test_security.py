@@ -3,7 +3,10 @@
 import hashlib
 import json
 import logging
+import os
 import socket
+import subprocess
+import sys
 import time
 
 import httpx
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 
 from core.errors import ConfigError
 from service.__main__ import read_settings
+from service.exit_status import REFUSED
 from service.logs import JsonFormatter
 from service.server import PatientProtocol
 from service.settings import Settings, check_environment
@@ -217,6 +221,19 @@ def test_a_clients_key_does_not_leave_the_service_open(monkeypatch: pytest.Monke
         read_settings(["--host", "0.0.0.0"])
     monkeypatch.setenv("SCALEDOWN_API_KEYS", OTHER)
     assert read_settings(["--host", "0.0.0.0"]).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "said"), [("0.0.0.0", "", True), ("0.0.0.0", KEY, False), ("127.0.0.2", "", False)]
+)
+def test_the_log_says_that_anyone_may_call(host: str, keys: str, said: bool) -> None:
+    with socket.create_server((host, 0)) as taken:  # so that the start ends before any model is loaded
+        command = [sys.executable, "-m", "service", "--host", host, "--port", str(taken.getsockname()[1])]
+        ended = subprocess.run(
+            command, env={**os.environ, "SCALEDOWN_API_KEYS": keys}, capture_output=True, text=True, timeout=60
+        )
+    assert ended.returncode == REFUSED
+    assert ("SCALEDOWN_API_KEYS" in ended.stdout + ended.stderr) == said
 
 
 def test_a_variable_set_to_nothing_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

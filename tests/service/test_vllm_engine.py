@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from pydantic import ValidationError
 
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.config import CompressorConfig, Config, GeneratorConfig
-from core.errors import CheckpointError
+from core.errors import CheckpointError, EngineError
 from core.model import Model, build_model
 from service import engine as engine_module
 from service.app import create_app
 from service.generation import vllm_server
 from service.generation.golden_answer import GoldenRequest, golden_request
+from service.generation.vllm_wire import parse_models
 from service.settings import Settings
 from service.versions import version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error, events
@@ -353,6 +355,12 @@ def test_the_model_can_be_named(serve: Serve, model: Model, vllm: VllmDouble, na
     else:
         with pytest.raises(CheckpointError, match=r"generator_model: must be one of .*generator"):
             asyncio.run(start())
+
+
+@pytest.mark.parametrize("listed", [[], "[]", 3, {"id": "a"}, ["a"], [{"name": "a"}], None])
+def test_a_list_of_models_that_is_none_names_none(listed: object) -> None:
+    with pytest.raises(EngineError, match="must be one of the models the generator serves: none"):
+        parse_models(json.dumps({"data": listed}), "")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from service.client import (
     Passage,
     PassagesRead,
     ProtocolError,
+    RerankUsage,
     Retry,
     ServiceError,
     Token,
@@ -160,6 +161,7 @@ def test_rerank_and_readiness(client: httpx.Client, connect: Connect) -> None:
         ranking = ours.call("rerank", QUERY, GIVEN, top_n=2)
         assert len(ranking.results) == 2
         assert ranking.results[0].relevance >= ranking.results[1].relevance
+        assert ranking.usage == RerankUsage(ours.call("compress", QUERY, GIVEN).usage.text_tokens)
         ready = ours.call("ready")
         assert (ready.ready, ready.status, ready.checkpoint, ready.trained) == (True, "ready", "untrained", False)
 
