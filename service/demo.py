@@ -21,6 +21,12 @@ from service.demo_question import PASSAGES, QUERY
 
 START_SECONDS = 600  # the base model may have to be fetched first
 ANSWER_SECONDS = 300
+ASKED: tuple[dict[str, Any], ...] = (
+    {"mode": "text"},
+    {"mode": "hybrid"},
+    {"mode": "compressed"},
+    {"mode": "compressed", "rate": 8},
+)
 
 
 def main() -> int:
@@ -83,19 +89,21 @@ def show_answers(client: httpx.Client, *, trained: bool, checkpoint: str) -> Non
         print("and relevance is arbitrary.")
     print(f"Question:   {QUERY}")
     print(f"Passages:   {', '.join(passage['title'] for passage in PASSAGES)}")
-    for mode in ("text", "hybrid", "compressed"):
-        body = {"query": QUERY, "passages": PASSAGES, "mode": mode, "max_new_tokens": 48}
-        response = client.post("/answer", json=body)
+    for options in ASKED:
+        response = client.post("/answer", json={"query": QUERY, "passages": PASSAGES, "max_new_tokens": 48, **options})
+        if response.status_code == 422 and "rate" in options:  # a checkpoint of other rates
+            continue
         if response.status_code != 200:
-            raise RuntimeError(f"{mode}: status {response.status_code}: {response.text}")
-        show_answer(mode, response.json())
+            raise RuntimeError(f"{options['mode']}: status {response.status_code}: {response.text}")
+        show_answer(response.json())
 
 
-def show_answer(mode: str, answer: dict[str, Any]) -> None:
+def show_answer(answer: dict[str, Any]) -> None:
     """Print one answer with its relevance, tokens and timings."""
-    usage = answer["usage"]
+    usage, plan = answer["usage"], answer["plan"]
     share = usage["tokens_saved"] / usage["text_tokens"]
-    print(f"\n--- {mode} ---")
+    shown = "text" if plan["mode"] == "text" else f"{plan['mode']}, rate {plan['rate']}"
+    print(f"\n--- {shown} ---")
     print(f"Answer:     {answer['answer'].strip()!r}")
     for passage in answer["passages"]:
         title = PASSAGES[passage["index"]]["title"]
