@@ -5,7 +5,7 @@ Knows tokenizers and chunks; runs no model.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core.config import Mode
 from core.model import Model
@@ -36,27 +36,18 @@ class Question:
 class TrainExample:
     """One row, sampled and tokenised for one step.
 
-    answer_ids  target tokens with the end of turn; empty: the generator does not see this example
-    relevance   one target a passage; None where the row does not say
-    hits        for each chunk, the generator tokens (indices in the chunk) at which a pointer is right
-    teacher     what the teacher held likely at each target token; None where nothing is stored for it
-    others      further questions on the same passages as text
+    questions  all that the generator answers: the row's own and, as text, others on the same passages; none: it does
+               not see this example
+    relevance  one target a passage; None where the row does not say
+    hits       for each chunk, the generator tokens (indices in the chunk) at which a pointer is right
     """
 
     request: PreparedRequest
     rows: list[ChunkRow]
     mode: Mode
-    answer_ids: list[int]
+    questions: list[Question]
     relevance: list[float] | None
     hits: list[list[int]]
-    teacher: TokenTargets | None = None
-    others: list[Question] = field(default_factory=list)
-
-    @property
-    def questions(self) -> list[Question]:
-        """All that the generator answers here; none where it does not see this example."""
-        own = [Question(self.request.query, self.answer_ids, self.teacher)] if self.answer_ids else []
-        return own + self.others
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -104,17 +95,16 @@ def make_example(
     request = prepare(model, row.query, passages)
     known = [passage.relevance for passage in passages if passage.relevance is not None]
     answers = [*row.answers, *([row.teacher_answer] if row.teacher_answer else [])]
-    own = make_question(model, row, data, logits) if loss.needs_generator and not empty else None
-    sharing = [] if mode != "text" or own is None else rng.sample(siblings, min(data.text_questions - 1, len(siblings)))
+    asked = [row] if loss.needs_generator and not empty else []
+    if asked and mode == "text":
+        asked += rng.sample(siblings, min(data.text_questions - 1, len(siblings)))
     return TrainExample(
         request=request,
         rows=rows_of(model, request, rate),
         mode=mode,
-        answer_ids=own.answer_ids if own else [],
+        questions=[make_question(model, each, data, logits) for each in asked],
         relevance=known if len(known) == len(passages) else None,
         hits=find_hits(model, request, passages, answers) if loss.alignment > 0 else [],
-        teacher=own.teacher if own else None,
-        others=[make_question(model, sibling, data, logits) for sibling in sharing],
     )
 
 

@@ -20,7 +20,7 @@ from core.passages import Passage, chunk_passage
 from core.pipeline import prepare, rows_of
 from core.tokenization import encode
 from training.arguments import check_file
-from training.batches import TrainExample
+from training.batches import Question, TrainExample
 from training.config import TrainConfig
 from training.data_format import check_string, number_lines, parse_json_line
 from training.data_quality import ReadPolicy, ReadReport, parse_records
@@ -123,7 +123,8 @@ def make_text_example(model: Model, passage: Passage, kind: Kind, most: int, rng
     else:
         # What follows does not end here, so no end of turn is learned.
         answer_ids = encode(tokenizer, content[chunk.end :]).ids[:most]
-    return TrainExample(request, rows_of(model, request, rate), "compressed", answer_ids, None, [])
+    questions = [Question(request.query, answer_ids)]
+    return TrainExample(request, rows_of(model, request, rate), "compressed", questions, None, [])
 
 
 def load_texts(config: TrainConfig, key: str, name: str) -> list[Text]:

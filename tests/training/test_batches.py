@@ -154,7 +154,7 @@ def test_text_examples_keep_the_most_relevant_of_their_passages(model: Model) ->
 def test_empty_examples_train_relevance_only(model: Model) -> None:
     data = DataConfig(passages=2, empty_share=1.0)
     example = make_example(model, make_rows(1)[0], data, LossConfig(), "key")
-    assert example.answer_ids == []
+    assert example.questions == []
     assert example.relevance == [0.0, 0.0]
 
 
@@ -176,15 +176,18 @@ def test_one_unknown_relevance_leaves_the_example_without(model: Model) -> None:
 
 def test_targets_end_with_the_turn_unless_they_were_cut(model: Model) -> None:
     row = replace(make_rows(1)[0], answers=("Warsaw in the far north",))
-    whole = make_example(model, row, DataConfig(), LossConfig(), "key").answer_ids
-    assert whole[-1] == model.template.end_id
-    cut = make_example(model, row, DataConfig(answer_tokens=3), LossConfig(), "key").answer_ids
-    assert cut == whole[:3]
+    (whole,), (cut,) = (
+        make_example(model, row, data, LossConfig(), "key").questions
+        for data in (DataConfig(), DataConfig(answer_tokens=3))
+    )
+    assert whole.answer_ids[-1] == model.template.end_id
+    assert cut.answer_ids == whole.answer_ids[:3]
 
 
 def test_the_teachers_answer_is_the_target(model: Model) -> None:
     row = replace(make_rows(1)[0], teacher_answer="Rome")
-    assert make_example(model, row, DataConfig(), LossConfig(), "key").answer_ids == model.template.answer_ids("Rome")
+    (question,) = make_example(model, row, DataConfig(), LossConfig(), "key").questions
+    assert question.answer_ids == model.template.answer_ids("Rome")
 
 
 def found(model: Model, passages: tuple[RowPassage, ...], answers: list[str]) -> list[str]:

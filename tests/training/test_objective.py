@@ -69,12 +69,13 @@ def test_only_answer_tokens_are_in_the_loss(tiny_llama: Path) -> None:
             for index in range(len(example.request.passages))
         ]
         prompt = objective.model.template.layout(example.request.query, blocks).ids
-        ids = torch.cat([prompt, torch.tensor(example.answer_ids)]).unsqueeze(0)
+        answer_ids = example.questions[0].answer_ids
+        ids = torch.cat([prompt, torch.tensor(answer_ids)]).unsqueeze(0)
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
         loss = objective.generator.model(input_ids=ids, labels=labels).loss
-        expected += float(loss.detach()) * len(example.answer_ids)
-        count += len(example.answer_ids)
+        expected += float(loss.detach()) * len(answer_ids)
+        count += len(answer_ids)
     assert parts.counts == {"answer": count}
     assert parts.losses["answer"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -84,9 +85,12 @@ def test_the_last_answer_token_changes_no_other_prediction(tiny_llama: Path) -> 
     config = make_config(tiny_llama, loss={"relevance": 0.0})
     objective, _ = make_objective(config)
     example = make_examples(objective, config, make_rows(1))[0]
-    shorter = replace(example, answer_ids=example.answer_ids[:-1])
-    other = replace(example, answer_ids=[*example.answer_ids[:-1], 42])
-    base, one, two = (objective([e]).losses["answer"].item() for e in (shorter, example, other))
+    (question,) = example.questions
+    shorter = replace(question, answer_ids=question.answer_ids[:-1])
+    other = replace(question, answer_ids=[*question.answer_ids[:-1], 42])
+    base, one, two = (
+        objective([replace(example, questions=[each])]).losses["answer"].item() for each in (shorter, question, other)
+    )
     assert one != two
     assert one > base
     assert two > base
@@ -194,10 +198,11 @@ def test_kl_is_added_where_the_teacher_has_logits(tiny_llama: Path) -> None:
     examples = make_examples(objective, config, make_rows(3))
     vocabulary = objective.generator.model.config.vocab_size
     random = torch.Generator().manual_seed(0)
-    count = len(examples[1].answer_ids)
+    (question,) = examples[1].questions
+    count = len(question.answer_ids)
     logprobs, top = torch.randn(count, vocabulary, generator=random).log_softmax(-1).topk(4)
-    targets = TokenTargets(torch.tensor(examples[1].answer_ids), top, logprobs)
-    examples[1] = replace(examples[1], teacher=targets)
+    targets = TokenTargets(torch.tensor(question.answer_ids), top, logprobs)
+    examples[1] = replace(examples[1], questions=[replace(question, teacher=targets)])
     parts = objective(examples)
     assert parts.counts["kl"] == count
     alone = objective([examples[1]])

@@ -125,12 +125,7 @@ def test_sharing_a_prompt_changes_neither_losses_nor_gradients(
     ]
     assert [len(example.questions) for example in shared] == [3, 2, 1]
     alone = [
-        replace(
-            example,
-            others=[],
-            answer_ids=question.answer_ids,
-            request=replace(example.request, query=question.query),
-        )
+        replace(example, questions=[question], request=replace(example.request, query=question.query))
         for example in shared
         for question in example.questions
     ]

@@ -33,7 +33,7 @@ def test_autoencoding_asks_for_the_compressed_chunk_itself(model: Model) -> None
     (compressed,) = example.request.passages
     assert compressed.content in text.content
     assert len(example.rows) == 1
-    assert example.answer_ids == model.template.answer_ids(compressed.content)
+    assert example.questions[0].answer_ids == model.template.answer_ids(compressed.content)
     assert example.request.query in INSTRUCTIONS["autoencoding"]
     assert example.relevance is None
 
@@ -45,15 +45,16 @@ def test_continuation_asks_for_what_follows_the_chunk(model: Model) -> None:
         example = make_text_example(model, text, "continuation", 12, random.Random(seed))
         (compressed,) = example.request.passages
         following = text.content.partition(compressed.content)[2]
-        assert example.answer_ids == encode(model.generator.tokenizer, following).ids[:12]
-        assert model.template.end_id not in example.answer_ids
+        (question,) = example.questions
+        assert question.answer_ids == encode(model.generator.tokenizer, following).ids[:12]
+        assert model.template.end_id not in question.answer_ids
         seen.add(compressed.content)
     assert len(seen) > 1
 
 
 def test_a_text_of_one_chunk_is_repeated(model: Model) -> None:
     example = make_text_example(model, Passage("Bread."), "continuation", 12, random.Random(0))
-    assert example.answer_ids == model.template.answer_ids("Bread.")
+    assert example.questions[0].answer_ids == model.template.answer_ids("Bread.")
 
 
 def test_a_chunk_of_nothing_but_line_breaks_is_not_asked_for(model: Model) -> None:
@@ -62,7 +63,7 @@ def test_a_chunk_of_nothing_but_line_breaks_is_not_asked_for(model: Model) -> No
     for kind, seed in itertools.product(kinds, range(10)):
         example = make_text_example(model, text, kind, 12, random.Random(seed))
         assert example.request.passages[0].text.strip() in ("Bread.", "Salt.")
-        assert example.answer_ids
+        assert example.questions[0].answer_ids
 
 
 def test_train_goes_on_from_a_pretrained_encoder(
