@@ -252,7 +252,7 @@ def test_the_demo_shows_all_modes_and_stops(
     monkeypatch.setenv("SCALEDOWN_CHECKPOINT", str(root / "first"))
     assert demo.main() == 0
     shown = capsys.readouterr().out
-    for text in ("It is untrained", "--- text ---", "--- hybrid ---", "--- compressed ---", "saved", "exit code 0"):
+    for text in ("It is untrained", "--- text ---", "--- hybrid, rate", "--- compressed, rate", "saved", "exit code 0"):
         assert text in shown
 
 
