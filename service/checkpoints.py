@@ -8,6 +8,7 @@ the manifest's sha256>`, so a folder that was replaced is another version. Knows
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -164,12 +165,7 @@ class Checkpoints:
         return True
 
     def _linked(self) -> Path | None:
-        """Where the configured path leads; itself where its links lead in a circle, which loading then refuses."""
-        path = self._settings.checkpoint
-        try:
-            return path and path.resolve()
-        except (OSError, RuntimeError):
-            return path
+        return self._settings.checkpoint and followed(self._settings.checkpoint)
 
     async def state(self) -> CheckpointState:
         """Which versions there are."""
@@ -242,10 +238,15 @@ class Checkpoints:
 
     def _folder(self, name: str) -> Path:
         """The folder of that name under the root; nothing outside of it can be named, not through links either."""
-        root = self._root.resolve()
-        if not FOLDER_NAME.fullmatch(name) or not (folder := (root / name).resolve()).is_relative_to(root):
+        root = followed(self._root)
+        if not FOLDER_NAME.fullmatch(name) or not (folder := followed(root / name)).is_relative_to(root):
             raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
         return folder
+
+
+def followed(path: Path) -> Path:
+    """Where the links of `path` lead. Of a circle something in it, where `resolve` raises: loading then refuses it."""
+    return Path(os.path.realpath(path))
 
 
 def checkpoint_root(settings: Settings) -> Path:

@@ -46,21 +46,24 @@ def compress_response(session: Session, body: CompressRequest, compressed: Compr
         _compressed_passage(session, model, body, passage, evidence.get(passage.index))
         for passage in compressed.passages
     ]
-    tokens = sum(passage.tokens for passage in shown)
+    tokens = tokens_read(compressed.passages)
     memory_tokens = sum(passage.memory_tokens for passage in shown)
-    cached_chunks, cached_documents = count_cached(compressed.passages)
     return CompressResponse(
         passages=shown,
         usage=CompressUsage(
             text_tokens=tokens,
             memory_tokens=memory_tokens,
             rate=round(tokens / memory_tokens, 3),
-            cached_chunks=cached_chunks,
-            cached_documents=cached_documents,
+            **count_cached(compressed.passages),
         ),
         timings_ms=session.timings_ms(),
         checkpoint=model.name,
     )
+
+
+def tokens_read(passages: list[CompressedPassage]) -> int:
+    """Tokens of all passages as text; the query is not counted."""
+    return sum(passage.tokens for passage in passages)
 
 
 def rerank_response(session: Session, compressed: Compressed, top_n: int | None) -> RerankResponse:
@@ -68,14 +71,9 @@ def rerank_response(session: Session, compressed: Compressed, top_n: int | None)
     ids, passages = _ids(session), compressed.passages
     best = [passages[index] for index in rerank(passages)[:top_n]]
     results = [RankedPassage(index=p.index, id=ids[p.index], relevance=p.relevance or 0.0) for p in best]
-    cached_chunks, cached_documents = count_cached(passages)
     return RerankResponse(
         results=results,
-        usage=RerankUsage(
-            text_tokens=sum(passage.tokens for passage in passages),
-            cached_chunks=cached_chunks,
-            cached_documents=cached_documents,
-        ),
+        usage=RerankUsage(text_tokens=tokens_read(passages), **count_cached(passages)),
         timings_ms=session.timings_ms(),
         checkpoint=session.version.model.name,
     )
@@ -131,14 +129,12 @@ def answer_response(
 ) -> AnswerResponse:
     """The whole response of `/answer`, and the `done` event of a stream."""
     model = session.version.model
-    cached_chunks, cached_documents = count_cached(compressed.passages)
     usage = Usage(
         text_tokens=session.text_tokens,
         prompt_tokens=compressed.prompt_tokens,
         tokens_saved=session.text_tokens - compressed.prompt_tokens,
         completion_tokens=finished.completion_tokens,
-        cached_chunks=cached_chunks,
-        cached_documents=cached_documents,
+        **count_cached(compressed.passages),
     )
     return AnswerResponse(
         answer=finished.text,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import DirectoryPath, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import ConfigError, ScaledownError
@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     checkpoint: Path | None = Field(
         default=None, description="checkpoint folder; unset: checkpoints/demo if it exists, else an untrained model"
     )
-    checkpoint_root: Path | None = Field(
+    checkpoint_root: DirectoryPath | None = Field(
         default=None, description="folder of checkpoints that may be swapped in; unset: the folder `checkpoint` is in"
     )
     base_model: str = Field(
@@ -198,13 +198,6 @@ class Settings(BaseSettings):
                 raise ValueError("sha256: must be followed by 64 lower-case hexadecimal digits")
             if len(text) < 16:
                 raise ValueError("a key needs at least 16 characters")
-        return value
-
-    @field_validator("checkpoint_root")
-    @classmethod
-    def _check_root(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_dir():
-            raise ValueError("must be a folder that is there")
         return value
 
     @model_validator(mode="after")

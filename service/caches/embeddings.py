@@ -106,7 +106,7 @@ def _fill(place: Place, chunk: CompressedChunk) -> None:
     place.job.outstanding -= 1
 
 
-def count_cached(passages: Iterable[CompressedPassage]) -> tuple[int, int]:
-    """Chunks whose embeddings were known, and others whose documents were."""
+def count_cached(passages: Iterable[CompressedPassage]) -> dict[str, int]:
+    """The fields of `CacheUsage`: chunks whose embeddings were known, and others whose documents were."""
     kinds = [chunk.cached for passage in passages for chunk in passage.chunks]
-    return kinds.count("embedding"), kinds.count("document")
+    return {"cached_chunks": kinds.count("embedding"), "cached_documents": kinds.count("document")}

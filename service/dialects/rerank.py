@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from core.pipeline import CompressedPassage
 from service.auth import API_KEY
 from service.dialects.errors import CohereErrorResponse, JinaErrorResponse
 from service.dialects.ranking import ranked
@@ -30,6 +29,7 @@ from service.dialects.rerank_schemas import (
     JinaUsage,
 )
 from service.jobs import Compressed
+from service.responses import tokens_read
 from service.serving import REQUEST_HEADERS, ThisEngine, serve_ranking
 from service.session import Session
 
@@ -88,8 +88,3 @@ def cohere_response(body: CohereRequest, session: Session, compressed: Compresse
             warnings=[f"{name} has no effect here" for name in sorted(ignored)] or None,
         ),
     )
-
-
-def tokens_read(passages: list[CompressedPassage]) -> int:
-    """Tokens of all documents; the query is not counted."""
-    return sum(passage.tokens for passage in passages)

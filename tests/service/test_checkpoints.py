@@ -152,7 +152,8 @@ def test_a_name_is_given_where_there_is_one_to_give(root: Path, body: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["..", "../first", "/etc", "first/../../x", "a/b", ".hidden", "%2e%2e", "first\\..", "link", "first\0"]
+    "name",
+    ["..", "../first", "/etc", "first/../../x", "a/b", ".hidden", "%2e%2e", "first\\..", "link", "circle", "first\0"],
 )
 def test_nothing_outside_the_root_can_be_named(root: Path, tmp_path: Path, name: str) -> None:
     inside, outside = tmp_path / "root", tmp_path / "outside"
@@ -160,6 +161,7 @@ def test_nothing_outside_the_root_can_be_named(root: Path, tmp_path: Path, name:
     shutil.copytree(root / "first", inside / "first")
     shutil.copytree(root / "second", outside)
     (inside / "link").symlink_to(outside)
+    (inside / "circle").symlink_to(inside / "circle")
     with serve_checkpoint(inside / "first") as client:
         response = change(client, "activate", name)
         assert response.status_code in (409, 422)
