@@ -38,6 +38,7 @@ class VllmEngine:
         self._failures_known = 0  # of the server, at that time
         self._logged = ""  # why it is away, as the log has it; nothing while it is there
         self._model = model
+        self._own_tokens = model.generator.max_tokens  # positions that the model was made for
         self._golden_request: GoldenRequest | None = None
         self._server = server
         self._outbox = outbox
@@ -115,8 +116,7 @@ class VllmEngine:
     async def _ask_golden(self) -> None:
         await self._server.connect()
         if self._server.max_tokens is not None:  # it may serve shorter sequences than the model was made for
-            generator = self._model.generator
-            generator.max_tokens = min(generator.max_tokens, self._server.max_tokens)
+            self._model.generator.max_tokens = min(self._own_tokens, self._server.max_tokens)
         if self._golden_request is None:
             loop = asyncio.get_running_loop()
             self._golden_request = await loop.run_in_executor(None, golden_request, self._model)

@@ -340,6 +340,11 @@ def test_the_servers_room_is_a_limit(serve: Serve, model: Model) -> None:
         response = client.post("/answer", json={**BODY, "mode": "text"})
         assert response.status_code == 413
         assert error(response)["limit"] == 200
+        vllm.health, vllm.max_model_len = 503, 400  # it is started again with more room
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        vllm.health = 200
+        wait_for(lambda: client.get("/readyz").status_code == 200)
+        assert error(client.post("/answer", json={**BODY, "max_new_tokens": 500}))["limit"] == 400
 
 
 @pytest.mark.parametrize("name", ["another", "generator"])

@@ -70,7 +70,8 @@ class VllmDouble:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["VllmDouble"]:
-        """Listens until the block ends; then connections are refused."""
+        """Listens until the block ends; then connections are refused, and its limit is the lent generator's no more."""
+        own = self.generator.max_tokens
         config = uvicorn.Config(
             self._app, port=self.port, log_level="error", lifespan="off", timeout_graceful_shutdown=1
         )
@@ -86,6 +87,7 @@ class VllmDouble:
             server.should_exit = True
             thread.join(timeout=10)
             assert not thread.is_alive(), "the double did not stop"
+            self.generator.max_tokens = own
 
     async def _health(self, _: Request) -> Response:
         self.probes += 1
