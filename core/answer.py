@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from core.compressed import CompressedPassage
 from core.costs import measure_token_costs
 from core.decoding import generate
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import CompressedPassage, build_prompt, compress, prepare, text_prompt_tokens
+from core.pipeline import build_prompt, compress, prepare, text_prompt_tokens
 from core.planning import choose_modes, plan_request
 from core.policy import Choice, Plan, Policy, RequestMode, Shown
 from core.sampling import GenerationOptions
@@ -55,7 +56,7 @@ def answer(
     request = prepare(model, query, passages)
     plan = plan_request(model, request, policy, rate, options.max_new_tokens)
     marks.append(time.perf_counter())
-    compressed = compress(model, [request], plan.rate, read=[plan.read])[0]
+    compressed = compress(model, [request], plan.rate, read=[plan.read], hops=policy.hops)[0]
     marks.append(time.perf_counter())
     choices = choose_modes(model, request, compressed, policy, options.max_new_tokens)
     prompt = build_prompt(model, request, compressed, [choice.mode for choice in choices])

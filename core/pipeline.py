@@ -4,15 +4,17 @@ Plain functions of their inputs. Nothing here knows HTTP, queues or checkpoints;
 caller's, who may hand any mix of requests' rows to `compress_rows`.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from core.compressed import CompressedChunk, CompressedPassage
 from core.errors import InvalidInputError, TooLargeError
+from core.hops import merge_hops, second_hop
 from core.model import Model
 from core.passages import Chunk, Passage, chunk_passage
 from core.policy import AS_EMBEDDINGS, AS_TEXT, Shown
@@ -30,58 +32,6 @@ class PreparedRequest:
     passages: tuple[Passage, ...]
     query_ids: list[int]
     chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedChunk:
-    """What became of one chunk.
-
-    start, end  its character span in `Passage.content`; tokens: its length in generator tokens
-    memory      (l, d_generator) memory embeddings
-    score       raw relevance score
-    weights     (l, tokens) float32: what each embedding read of the chunk's generator tokens; None without evidence
-    cached      what was known before: the `document` (all but the query and the slots), or the `embedding` itself
-    """
-
-    start: int
-    end: int
-    tokens: int
-    memory: Tensor
-    score: float
-    weights: Tensor | None
-    cached: Literal["document", "embedding"] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CompressedPassage:
-    """One passage: its chunks in order, and its relevance, the calibrated best of its chunks' scores, in 0..1.
-
-    One that the compressor has not read has no chunks, and its relevance is None.
-    """
-
-    index: int
-    chunks: tuple[CompressedChunk, ...]
-    relevance: float | None
-
-    @property
-    def memory(self) -> Tensor:
-        """All memory embeddings of the passage, (sum of l, d_generator)."""
-        return torch.cat([chunk.memory for chunk in self.chunks])
-
-    @property
-    def memory_tokens(self) -> int:
-        """Memory embeddings of the passage."""
-        return sum(len(chunk.memory) for chunk in self.chunks)
-
-    @property
-    def tokens(self) -> int:
-        """Generator tokens of the passage as text."""
-        return sum(chunk.tokens for chunk in self.chunks)
-
-    @property
-    def score(self) -> float:
-        """Raw relevance score: the best of its chunks', and under all others without any."""
-        return max((chunk.score for chunk in self.chunks), default=-math.inf)
 
 
 def prepare(model: Model, query: str, passages: Sequence[Passage]) -> PreparedRequest:
@@ -194,24 +144,47 @@ def compress(
     rate: int | None = None,
     max_batch_tokens: int = 4096,
     read: Sequence[Collection[int]] | None = None,
+    hops: int = 1,
 ) -> list[list[CompressedPassage]]:
     """Compress whole requests: all their chunks together, in batches of like length under a token budget.
 
     read    for each request, the passages to compress; None: all of all
+    hops    2: all are read again for the query and the best of them (`core.hops`)
     """
-    rows = [row for request in requests for row in rows_of(model, request, rate)]
-    owners = [number for number, request in enumerate(requests) for _ in request.chunks]
-    wanted = [i for i, row in enumerate(rows) if read is None or row.chunk.passage in read[owners[i]]]
-    done: dict[int, CompressedChunk] = {}
-    for batch in plan_batches([model.compressor.row_format.length(rows[i]) for i in wanted], max_batch_tokens):
-        indices = [wanted[i] for i in batch]
-        done.update(zip(indices, compress_rows(model, [rows[i] for i in indices]), strict=True))
-    results, first = [], 0
-    for request in requests:
-        last = first + len(request.chunks)
-        results.append(gather(model, request, [done.get(i) for i in range(first, last)]))
-        first = last
+    wanted = [
+        [row for row in rows_of(model, request, rate) if read is None or row.chunk.passage in read[number]]
+        for number, request in enumerate(requests)
+    ]
+    compressed = _compress_groups(model, wanted, max_batch_tokens)
+    if hops > 1:
+        again = [next_rows(model, rows, chunks) for rows, chunks in zip(wanted, compressed, strict=True)]
+        seconds = _compress_groups(model, again, max_batch_tokens)
+        triples = zip(wanted, compressed, seconds, strict=True)
+        compressed = [merge_hops(rows, first, second) if second else first for rows, first, second in triples]
+    results = []
+    for request, rows, chunks in zip(requests, wanted, compressed, strict=True):
+        done = iter(chunks)
+        passages = {row.chunk.passage for row in rows}
+        spread = [next(done) if chunk.passage in passages else None for chunk in request.chunks]
+        results.append(gather(model, request, spread))
     return results
+
+
+def next_rows(model: Model, rows: Sequence[ChunkRow], chunks: Sequence[CompressedChunk]) -> list[ChunkRow]:
+    """One request's rows of a second hop; see `core.hops.second_hop`."""
+    return second_hop(rows, chunks, model.compressor.tokenizer, model.config.compressor.query_tokens)
+
+
+def _compress_groups(
+    model: Model, groups: Sequence[Sequence[ChunkRow]], max_batch_tokens: int
+) -> list[list[CompressedChunk]]:
+    """The rows of all groups in common batches; what became of each group's."""
+    rows = [row for group in groups for row in group]
+    done: dict[int, CompressedChunk] = {}
+    for batch in plan_batches([model.compressor.row_format.length(row) for row in rows], max_batch_tokens):
+        done.update(zip(batch, compress_rows(model, [rows[i] for i in batch]), strict=True))
+    ordered = (done[i] for i in range(len(rows)))
+    return [list(itertools.islice(ordered, len(group))) for group in groups]
 
 
 def rerank(compressed: Sequence[CompressedPassage]) -> list[int]:

@@ -6,9 +6,10 @@ The rules are in `policy.py`; here are the sizes that they are about.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from core.compressed import CompressedChunk, CompressedPassage
 from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
-from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest, passage_text_ids, rerank, rows_of
+from core.pipeline import PreparedRequest, passage_text_ids, rerank, rows_of
 from core.policy import Candidate, Choice, Plan, Policy, Size, choose, plan
 
 UNCALIBRATED = 0.5  # relevance from which a passage counts as holding an answer, where the checkpoint does not say
@@ -46,7 +47,7 @@ def plan_request(
     rates = model.config.compressor.rates
     asked = rates[0] if rate is None else rate
     coarser = sorted(each for each in rates if each > asked) if policy.mode == "auto" else []
-    sizes = {each: _sizes(model, request, each, given) for each in (asked, *coarser)}
+    sizes = {each: _sizes(model, request, each, given, policy.hops) for each in (asked, *coarser)}
     return plan(policy, sizes, frame, room, model.costs)
 
 
@@ -58,13 +59,19 @@ def _room(model: Model, policy: Policy, max_new_tokens: int) -> int | None:
     return min(policy.max_prompt_tokens, own)
 
 
-def _sizes(model: Model, request: PreparedRequest, rate: int, given: Sequence[CompressedChunk | None]) -> list[Size]:
+def _sizes(
+    model: Model, request: PreparedRequest, rate: int, given: Sequence[CompressedChunk | None], hops: int
+) -> list[Size]:
+    """Sizes of all passages. Which of them joins the query at a second hop is not known yet: a chunk, say."""
+    config = model.config.compressor
+    joined = min(config.chunk_tokens, config.query_tokens - len(request.query_ids))
     text, memory, read = ([0] * len(request.passages) for _ in range(3))
     for i, row in enumerate(rows_of(model, request, rate)):
         known = given[i] if given else None
         text[row.chunk.passage] += len(row.chunk.generator_ids)
         memory[row.chunk.passage] += row.memory_tokens if known is None else len(known.memory)
-        read[row.chunk.passage] += model.compressor.row_format.length(row) if known is None else 0
+        length = model.compressor.row_format.length(row)
+        read[row.chunk.passage] += 0 if known is not None else length if hops == 1 else 2 * length + joined
     return [Size(*each) for each in zip((tokens or None for tokens in text), memory, read, strict=True)]
 
 

@@ -47,12 +47,14 @@ class Policy:
     hybrid_top          passages that `hybrid` shows as text too; None: as many as the checkpoint is set to
     max_prompt_tokens   bound on the generator's prompt, template included; None: none but the generator's own
     min_relevance       passages that are less relevant are dropped
+    hops                2: passages are read again for the query and the best of them (`core.hops`)
     """
 
     mode: RequestMode = "compressed"
     hybrid_top: int | None = None
     max_prompt_tokens: int | None = None
     min_relevance: float = 0.0
+    hops: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from core.compressed import CompressedChunk, CompressedPassage
 from core.passages import Chunk, Passage
-from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
+from core.pipeline import PreparedRequest
 from service.response_schemas import EmbeddingSpans, Evidence, EvidenceSpan, PassageField
 
 # A token with less than this share of the embedding's strongest token is background and belongs to no span.

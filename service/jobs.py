@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from core.compressed import CompressedChunk, CompressedPassage
 from core.errors import ScaledownError
-from core.pipeline import CompressedChunk, CompressedPassage, PreparedRequest
+from core.pipeline import PreparedRequest
 from core.policy import Choice, Policy
 from core.rows import ChunkRow
 from core.sampling import GenerationOptions
@@ -67,6 +68,8 @@ class Job:
     rows, places    rows still to compress, and where the result of each goes in `results`
     results         one entry a chunk of `request`; those of passages that came as embeddings are filled already, and
                     those that `auto` shows as text without reading them stay None
+    hops            2: once all rows are compressed they are read again (`core.hops`)
+    first           what became of `rows` at first, while they are read again
     marks           when each stage ended (`time.perf_counter()`)
     completion_tokens   of the answer so far
     """
@@ -78,6 +81,8 @@ class Job:
     results: list[CompressedChunk | None]
     plan: AnswerPlan | None
     emit: Callable[[JobEvent], None]
+    hops: int = 1
+    first: list[CompressedChunk] = field(default_factory=list)
     number: int = field(default_factory=lambda: next(_numbers))
     marks: dict[str, float] = field(default_factory=dict)
     outstanding: int = 0

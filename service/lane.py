@@ -7,9 +7,11 @@ rows of one lane, so it never mixes versions.
 import logging
 from collections.abc import Sequence
 
+from core.compressed import CompressedChunk
 from core.errors import ScaledownError
+from core.hops import merge_hops
 from core.model import Model
-from core.pipeline import CompressedChunk, build_prompt, compress_rows, gather
+from core.pipeline import build_prompt, compress_rows, gather, next_rows
 from core.planning import choose_modes
 from core.rows import ChunkRow, plan_batches
 from service.batching import FairQueue, Picked
@@ -47,8 +49,12 @@ class Lane:
     def add(self, job: Job) -> None:
         """Take a job in; its first event is `Compressed` or `Failed`."""
         self._jobs[job] = None
-        job.outstanding = len(job.rows)
-        places = [Place(job, index, row) for index, row in zip(job.places, job.rows, strict=True)]
+        self._read(job, job.rows)
+
+    def _read(self, job: Job, rows: Sequence[ChunkRow]) -> None:
+        """Queue a job's rows but those whose outcome is known, or on its way to another job."""
+        job.outstanding = len(rows)
+        places = [Place(job, index, row) for index, row in zip(job.places, rows, strict=True)]
         self._queue([place for place in places if self._shared.ask(place)])
         if not job.outstanding:
             job.mark("queue")
@@ -114,8 +120,10 @@ class Lane:
 
     def _gather(self, job: Job) -> None:
         """All chunks of a job are there: hand out its passages and, for an answer, build its prompt."""
-        job.mark("compress")
         try:
+            if job.hops > 1 and self._second_hop(job):
+                return
+            job.mark("compress")
             passages = gather(self.model, job.request, job.results)
             if job.plan is None:
                 job.emit(Compressed(passages, [], 0))
@@ -133,6 +141,19 @@ class Lane:
         job.emit(Compressed(passages, choices, prompt.tokens))
         del self._jobs[job]
         self.generator.add(job, job.plan, prompt)
+
+    def _second_hop(self, job: Job) -> bool:
+        """Read a job's rows again, or put both readings together once that is done; whether it has begun."""
+        chunks = [chunk for place in job.places if (chunk := job.results[place]) is not None]
+        if job.first:
+            for place, chunk in zip(job.places, merge_hops(job.rows, job.first, chunks), strict=True):
+                job.results[place] = chunk
+            return False
+        rows = next_rows(self.model, job.rows, chunks)
+        if rows:
+            job.first = chunks
+            self._read(job, rows)
+        return bool(rows)
 
     def _fail(self, job: Job, error: ScaledownError) -> None:
         job.end(Failed(error))

@@ -30,6 +30,15 @@ MaxPromptTokens = Annotated[
         description="bound on the generator's prompt, template included; the least relevant passages are dropped first",
     ),
 ]
+Hops = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=2,
+        description="2: for questions that need two passages: all are read again, for the query and the most relevant"
+        " of them. Compressing costs about three times as much",
+    ),
+]
 MinRelevance = Annotated[float, Field(ge=0, le=1, description="passages less relevant than this are dropped")]
 
 

@@ -6,10 +6,11 @@ Runs in a thread of its own pool, never on the event loop: tokenising 100 kB tak
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from core.compressed import CompressedChunk
 from core.errors import InvalidInputError
 from core.model import Model
 from core.passages import Chunk, Passage
-from core.pipeline import CompressedChunk, PreparedRequest, prepare, rows_of, text_prompt_tokens
+from core.pipeline import PreparedRequest, prepare, rows_of, text_prompt_tokens
 from core.planning import plan_request
 from core.policy import Plan, Policy
 from core.rows import ChunkRow

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from core.pipeline import CompressedPassage
+from core.compressed import CompressedPassage
 from service.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+from core.compressed import CompressedPassage
 from core.model import Model
-from core.pipeline import CompressedPassage, rerank
+from core.pipeline import rerank
 from core.policy import AS_EMBEDDINGS, overall
 from service.caches.embeddings import count_cached
 from service.embedding_store import StoredPassage, query_sha256

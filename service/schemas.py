@@ -9,7 +9,7 @@ from core.policy import Policy, RequestMode
 from service.embedding_store import query_sha256
 from service.embeddings_codec import Dtype, Encoding
 from service.errors import OTHER_THAN_TEXT
-from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance
+from service.policy_schemas import Hops, HybridTop, MaxPromptTokens, MinRelevance
 from service.unknown_fields import UNKNOWN, meant_by, shown
 
 
@@ -143,6 +143,7 @@ class CompressRequest(Strict):
     query: Query
     passages: PlainPassages = Field(examples=[[TEXT]])
     rate: Rate | None = None
+    hops: Hops = 1
     dtype: Dtype = Field(default="float32", description="number format of the embeddings; float16 is half the size")
     encoding: Encoding = Field(
         default="base64", description="how embeddings are written; json: as nested lists, of at most 250,000 numbers"
@@ -160,6 +161,7 @@ class RerankRequest(Strict):
     query: Query
     passages: PlainPassages = Field(examples=[[TEXT, "Butter melts at 32 to 35 degrees Celsius."]])
     top_n: Annotated[int, Field(ge=1)] | None = Field(default=None, description="return only the best so many")
+    hops: Hops = 1
     timeout: Timeout | None = None
 
 
@@ -178,6 +180,7 @@ class AnswerRequest(Strict):
     max_prompt_tokens: MaxPromptTokens | None = None
     min_relevance: MinRelevance = 0.0
     rate: Rate | None = None
+    hops: Hops = 1
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(default=64, description="longest answer, in generator tokens")
     temperature: Annotated[float, Field(ge=0, le=100), Finite] = Field(
         default=0.0, description="0: always the likeliest token"
@@ -198,4 +201,4 @@ class AnswerRequest(Strict):
     def policy(self) -> Policy:
         """How the caller wants passages to be shown."""
         mode = self.mode or ("compressed" if self.max_prompt_tokens is None else "auto")
-        return Policy(mode, self.hybrid_top, self.max_prompt_tokens, self.min_relevance)
+        return Policy(mode, self.hybrid_top, self.max_prompt_tokens, self.min_relevance, self.hops)

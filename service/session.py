@@ -72,6 +72,7 @@ class Session:
             places=prepared.places,
             results=prepared.results,
             plan=plan,
+            hops=prepared.policy.hops,
             emit=lambda event: outbox.put(queue, event),
         )
         self.engine.worker.add(self.version.lane, self._job)
@@ -79,7 +80,7 @@ class Session:
     def _prepare(self, body: AnyRequest) -> None:
         model = self.version.model
         rate = body.rate if isinstance(body, AnswerRequest | CompressRequest) else None
-        policy, answer_tokens = Policy(), 0
+        policy, answer_tokens = Policy(hops=body.hops), 0
         if isinstance(body, AnswerRequest):
             policy, answer_tokens, self.explain = body.policy, body.max_new_tokens, body.explain
         store = self.engine.store

@@ -12,23 +12,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from core.compressed import CompressedPassage
 from core.decoding import DecodeBatch
 from core.model import Model
-from core.pipeline import (
-    CompressedPassage,
-    PreparedRequest,
-    build_prompt,
-    compress,
-    prepare,
-    text_prompt,
-)
+from core.pipeline import PreparedRequest, build_prompt, compress, prepare, text_prompt
 from core.planning import choose_modes, plan_request
 from core.policy import Policy
 from core.prompts import Prompt
 from core.sampling import GenerationOptions
 from training.metrics import best_over_references, exact_match, rouge_l, substring_accuracy, survival, token_f1
 from training.questions import Question
-from training.results import AnswerRecord, RankingRecord, Setting
+from training.results import AnswerRecord, RankingRecord, Setting, compressor_name
 
 Stage = Callable[[str], AbstractContextManager[object]]
 Compressed = list[list[CompressedPassage]]
@@ -73,10 +67,12 @@ def prepare_batch(model: Model, questions: Sequence[Question], stage: Stage) -> 
         return [prepare(model, question.query, question.passages) for question in questions]
 
 
-def compress_batch(model: Model, requests: Sequence[PreparedRequest], rate: int | None, stage: Stage) -> Compressed:
+def compress_batch(
+    model: Model, requests: Sequence[PreparedRequest], rate: int | None, stage: Stage, hops: int = 1
+) -> Compressed:
     """Compress all questions' chunks together."""
     with stage("compress"):
-        return compress(model, requests, rate)
+        return compress(model, requests, rate, hops=hops)
 
 
 def generate_batch(
@@ -88,7 +84,7 @@ def generate_batch(
     stage: Stage,
 ) -> list[Generated]:
     """Build every prompt and decode them side by side; `compressed` is None where nothing needed compressing."""
-    policy = Policy(setting.mode, max_prompt_tokens=setting.budget)
+    policy = Policy(setting.mode, max_prompt_tokens=setting.budget, hops=setting.hops)
     if compressed is not None and setting.budget is not None:
         with stage("compress"):
             compressed = [
@@ -127,7 +123,7 @@ def _as_planned(
     """
     plan = plan_request(dataclasses.replace(model, costs=None), request, policy, None, options.max_new_tokens)
     if plan.rate != model.config.compressor.rates[0]:
-        return compress(model, [request], plan.rate, read=[plan.read])[0]
+        return compress(model, [request], plan.rate, read=[plan.read], hops=policy.hops)[0]
     return [each if each.index in plan.read else CompressedPassage(each.index, (), None) for each in passages]
 
 
@@ -146,16 +142,14 @@ def answer_batch(
     model: Model, questions: Sequence[Question], settings: Sequence[Setting], options: GenerationOptions
 ) -> tuple[list[AnswerRecord], list[RankingRecord]]:
     """Answer every question in every setting; the settings differ in mode only, so they share what is compressed."""
-    rates = {setting.rate for setting in settings}
-    passages = {setting.passages for setting in settings}
-    if len(rates) != 1 or len(passages) != 1:
-        raise ValueError("settings of one batch share their rate and their number of passages")
+    if len({(setting.rate, setting.passages, setting.hops) for setting in settings}) != 1:
+        raise ValueError("settings of one batch share their rate, their number of passages and their hops")
     cut = [question.with_passages(settings[0].passages) for question in questions]
     shared = Stopwatch(model.device)
     requests = prepare_batch(model, cut, shared.stage)
     compressed = None
     if any(needs_compression(model, setting) for setting in settings):
-        compressed = compress_batch(model, requests, settings[0].rate, shared.stage)
+        compressed = compress_batch(model, requests, settings[0].rate, shared.stage, settings[0].hops)
     answers = []
     for setting in settings:
         watch = Stopwatch(model.device, defaultdict(float, shared.seconds))
@@ -164,11 +158,10 @@ def answer_batch(
         answers += [
             score_answer(question, setting, answer, seconds) for question, answer in zip(cut, generated, strict=True)
         ]
-    rate = settings[0].rate
-    rankings = (
-        [] if compressed is None or rate is None else rank_compressed(cut, compressed, rate, settings[0].passages)
-    )
-    return answers, rankings
+    first = settings[0]
+    if compressed is None or first.rate is None:
+        return answers, []
+    return answers, rank_compressed(cut, compressed, first.rate, first.passages, first.hops)
 
 
 def score_answer(question: Question, setting: Setting, generated: Generated, seconds: dict[str, float]) -> AnswerRecord:
@@ -190,13 +183,13 @@ def score_answer(question: Question, setting: Setting, generated: Generated, sec
 
 
 def rank_compressed(
-    questions: Sequence[Question], compressed: Compressed, rate: int, passages: int
+    questions: Sequence[Question], compressed: Compressed, rate: int, passages: int, hops: int = 1
 ) -> list[RankingRecord]:
     """The compressor's raw relevance score of every passage: the best of its chunks."""
     return [
         RankingRecord(
             question.id,
-            f"compressor x{rate}",
+            compressor_name(rate, hops),
             passages,
             list(question.gold),
             [max(chunk.score for chunk in passage.chunks) for passage in passages_of],

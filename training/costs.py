@@ -44,5 +44,5 @@ def _answer(model: Model, question: Question, setting: Setting, options: Generat
     requests = prepare_batch(model, [question], stage)
     compressed = None
     if needs_compression(model, setting):
-        compressed = compress_batch(model, requests, setting.rate, stage)
+        compressed = compress_batch(model, requests, setting.rate, stage, setting.hops)
     generate_batch(model, requests, compressed, setting, options, stage)

@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets", nargs="+", type=whole(1), help="bounds on the prompt, in tokens, to run auto mode under"
     )
     parser.add_argument("--passages", nargs="+", type=whole(1), default=[5], help="numbers of passages to answer from")
+    parser.add_argument(
+        "--hops", type=int, choices=(1, 2), default=1, help="2: passages are read again for the query and the best one"
+    )
     parser.add_argument("--ranking-passages", type=whole(0), default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
     parser.add_argument("--batch-size", type=whole(1), default=16, help="questions answered side by side")
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         embedding_model=args.embedding_model,
         cost_questions=args.cost_questions,
+        hops=args.hops,
         options=GenerationOptions(max_new_tokens=args.max_new_tokens),
     )
     described = _describe_run(args, model, len(questions))

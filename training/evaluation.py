@@ -23,7 +23,15 @@ from training.costs import measure_cost
 from training.judge import Case, judge
 from training.questions import Question
 from training.rankers import EmbeddingRanker, rank_bm25
-from training.results import AnswerRecord, JudgementRecord, RankingRecord, Record, ResultsFile, Setting
+from training.results import (
+    AnswerRecord,
+    JudgementRecord,
+    RankingRecord,
+    Record,
+    ResultsFile,
+    Setting,
+    compressor_name,
+)
 
 MODES: tuple[Mode, ...] = ("text", "hybrid", "compressed")
 log = logging.getLogger(__name__)
@@ -40,6 +48,7 @@ class Plan:
     batch_size          questions answered side by side
     embedding_model     name of a model to rank with beside BM25; None for none
     cost_questions      how many questions are answered again, one by one, to count their operations and memory
+    hops                2: all but text mode reads passages again for the query and the best of them
     """
 
     modes: tuple[Mode, ...] = MODES
@@ -50,6 +59,7 @@ class Plan:
     batch_size: int = 16
     embedding_model: str | None = None
     cost_questions: int = 4
+    hops: int = 1
     options: GenerationOptions = field(default_factory=GenerationOptions)
 
     def groups(self) -> Iterator[list[Setting]]:
@@ -58,10 +68,11 @@ class Plan:
             if "text" in self.modes:
                 yield [Setting("text", None, passages)]
             for rate in self.rates:
-                if compressing := [Setting(mode, rate, passages) for mode in self.modes if mode != "text"]:
+                modes = [mode for mode in self.modes if mode != "text"]
+                if compressing := [Setting(mode, rate, passages, hops=self.hops) for mode in modes]:
                     yield compressing
             if self.budgets:
-                yield [Setting("auto", None, passages, budget) for budget in self.budgets]
+                yield [Setting("auto", None, passages, budget, self.hops) for budget in self.budgets]
 
     @property
     def ranked_counts(self) -> list[int]:
@@ -177,13 +188,13 @@ def _rank(model: Model, questions: Sequence[Question], results: ResultsFile, pla
     for count in plan.ranked_counts:
 
         def pending(question: Question, count: int = count) -> bool:
-            return ("ranking", question.id, f"compressor x{rate}", count) not in done
+            return ("ranking", question.id, compressor_name(rate, plan.hops), count) not in done
 
         for batch in _batches(questions, plan.batch_size, pending, f"ranking {count} passages"):
             cut = [question.with_passages(count) for question in batch]
             stage = Stopwatch(model.device).stage
-            compressed = compress_batch(model, prepare_batch(model, cut, stage), rate, stage)
-            results.append(rank_compressed(cut, compressed, rate, count))
+            compressed = compress_batch(model, prepare_batch(model, cut, stage), rate, stage, plan.hops)
+            results.append(rank_compressed(cut, compressed, rate, count, plan.hops))
 
 
 def _measure_costs(model: Model, questions: Sequence[Question], results: ResultsFile, plan: Plan) -> None:

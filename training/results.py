@@ -24,12 +24,14 @@ class Setting:
 
     rate    None in text mode, which compresses nothing, and under a budget, which chooses from the default rate on
     budget  most tokens of a prompt, in `auto` mode; else None
+    hops    2: passages were read again for the query and the best of them (`core.hops`)
     """
 
     mode: RequestMode
     rate: int | None
     passages: int
     budget: int | None = None
+    hops: int = 1
 
     @property
     def name(self) -> str:
@@ -40,8 +42,17 @@ class Setting:
     def label(self) -> str:
         """The name without the number of passages."""
         if self.budget is not None:
-            return f"{self.mode} within {self.budget}"
-        return self.mode if self.rate is None else f"{self.mode} x{self.rate}"
+            return f"{self.mode} within {self.budget}{_hops(self.hops)}"
+        return self.mode if self.rate is None else f"{self.mode} x{self.rate}{_hops(self.hops)}"
+
+
+def compressor_name(rate: int, hops: int = 1) -> str:
+    """The compressor as a ranker, e.g. "compressor x16, 2 hops"."""
+    return f"compressor x{rate}{_hops(hops)}"
+
+
+def _hops(hops: int) -> str:
+    return "" if hops == 1 else f", {hops} hops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +80,7 @@ class AnswerRecord:
 
 @dataclass(frozen=True, slots=True)
 class RankingRecord:
-    """Scores of one question's passages, in the row's order; `ranker` is "compressor x16", "bm25" or a model's name."""
+    """Scores of one question's passages, in the row's order; `ranker` is a `compressor_name`, "bm25" or a model's."""
 
     question: str
     ranker: str

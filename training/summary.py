@@ -133,8 +133,9 @@ def _rankings(rankings: Sequence[RankingRecord], bootstrap: Bootstrap) -> Summar
                 for name, metric in metrics.items()
             }
         )
-        measured = measure_no_answer([(record.scores, record.gold) for record in records], bootstrap)
-        no_answer.append(head | dataclasses.asdict(measured))
+        if not ranker.endswith(" hops"):  # over two hops no passage is scored alone, as what is measured here assumes
+            measured = measure_no_answer([(record.scores, record.gold) for record in records], bootstrap)
+            no_answer.append(head | dataclasses.asdict(measured))
     return {"ranking": ranking, "no_answer": no_answer}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from core.byte_lru import ByteLRU
-from core.pipeline import CompressedChunk, CompressedPassage
+from core.compressed import CompressedChunk, CompressedPassage
 from core.rows import ChunkRow
 from service.jobs import Job
 

@@ -18,6 +18,11 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "hybrid_top": {"type": int, "help": "with --mode hybrid: passages shown as text too"},
     "max_prompt_tokens": {"type": int, "help": "longest prompt; what does not fit is compressed or left out"},
     "min_relevance": {"type": float, "help": "leave out passages that are less relevant, 0 to 1"},
+    "hops": {
+        "type": int,
+        "choices": (1, 2),
+        "help": "2: for questions that need two passages: all are read again, for the query and the best of them",
+    },
     "rate": {"type": int, "help": "compression rate: one of the checkpoint's"},
     "max_new_tokens": {"type": int, "help": "longest answer"},
     "temperature": {"type": float, "help": "0: always the likeliest token"},

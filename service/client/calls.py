@@ -48,6 +48,7 @@ class AnswerOptions(TypedDict, total=False):
     max_prompt_tokens: int | None
     min_relevance: float | None
     rate: int | None
+    hops: Literal[1, 2] | None  # 2: for questions that need two passages
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -62,6 +63,7 @@ class CompressOptions(TypedDict, total=False):
     """What `compress` takes beyond query and passages."""
 
     rate: int | None
+    hops: Literal[1, 2] | None
     dtype: Literal["float32", "float16"] | None
     store: bool | None
     explain: bool | None
@@ -72,6 +74,7 @@ class RerankOptions(TypedDict, total=False):
     """What `rerank` takes beyond query and passages."""
 
     top_n: int | None
+    hops: Literal[1, 2] | None
     timeout: float | None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.policy import RequestMode
-from service.policy_schemas import HybridTop, MaxPromptTokens, MinRelevance
+from service.policy_schemas import Hops, HybridTop, MaxPromptTokens, MinRelevance
 from service.schemas import (
     BY_KIND,
     IS_OTHER,
@@ -31,7 +31,7 @@ from service.settings import EarlierMessages
 IGNORED: Any = Field(default=None, description="accepted, and without effect here")
 ALIAS = "scaledown"
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stream", "timeout")
-SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance", "explain")
+SHOWING = ("mode", "rate", "hybrid_top", "max_prompt_tokens", "min_relevance", "hops", "explain")
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -140,6 +140,7 @@ class Generation(Strict):
     hybrid_top: HybridTop | None = None
     max_prompt_tokens: MaxPromptTokens | None = None
     min_relevance: MinRelevance | None = None
+    hops: Hops | None = None
     explain: Explain | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     timeout: Timeout | None = None

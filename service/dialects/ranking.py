@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from core.pipeline import CompressedPassage, rerank
+from core.compressed import CompressedPassage
+from core.pipeline import rerank
 from service.jobs import Compressed
 
 

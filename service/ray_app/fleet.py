@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from core.compressed import CompressedChunk
 from core.errors import CheckpointError, EngineError, ScaledownError
-from core.pipeline import CompressedChunk
 from core.prompts import Prompt
 from core.rows import ChunkRow
 from service.errors import GeneratorUnavailableError

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 
+from core.compressed import CompressedChunk
 from core.model import Model
-from core.pipeline import CompressedChunk
 from core.prompts import Prompt
 from service.caches.embeddings import Place, SharedRows
 from service.engine import Engine, Version

@@ -10,10 +10,11 @@ from typing import Any
 
 from ray import serve
 
+from core.compressed import CompressedChunk
 from core.errors import CheckpointError, EngineError
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import CompressedChunk, PreparedRequest
+from core.pipeline import PreparedRequest
 from core.prompts import Prompt
 from core.rows import ChunkRow
 from service.checkpoints import checkpoint_root

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, PretrainedConfig, Qwen2Config
 
 from core.byte_lru import ByteLRU
+from core.compressed import CompressedChunk
 from core.compressors import NLayersCompressor
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.document_cache import DocumentCache, caches_documents
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import CompressedChunk, compress_rows, prepare, rows_of
+from core.pipeline import compress_rows, prepare, rows_of
 from core.rows import ChunkRow
 from core.tokenization import load_tokenizer
 from tests.tiny_models import TEXT

@@ -13,22 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.answer import answer
+from core.compressed import CompressedChunk, CompressedPassage
 from core.config import PromptConfig, RelevanceConfig
 from core.errors import InvalidInputError, TooLargeError
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import (
-    CompressedChunk,
-    CompressedPassage,
-    build_prompt,
-    compress,
-    compress_rows,
-    gather,
-    prepare,
-    rerank,
-    rows_of,
-    text_prompt_tokens,
-)
+from core.pipeline import build_prompt, compress, compress_rows, gather, prepare, rerank, rows_of, text_prompt_tokens
 from core.planning import plan_request
 from core.policy import Policy
 from core.sampling import GenerationOptions

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.byte_lru import ByteLRU
+from core.compressed import CompressedChunk
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import CompressedChunk, compress_rows, prepare, rows_of
+from core.pipeline import compress, compress_rows, prepare, rows_of
 from service import lane as lane_module
 from service.caches.embeddings import SharedRows
 from service.generation.torch_engine import TorchEngine
@@ -167,11 +168,11 @@ class Run:
         self.lane = Lane(model, values, metrics, engine, SharedRows(self.memory))
         self.told: dict[Job, list[JobEvent]] = {}
 
-    def add(self, query: str, texts: list[str]) -> Job:
+    def add(self, query: str, texts: list[str], hops: int = 1) -> Job:
         request = prepare(self.model, query, [Passage(text) for text in texts])
         rows = rows_of(self.model, request)
         told: list[JobEvent] = []
-        job = Job(None, request, rows, list(range(len(rows))), [None] * len(rows), None, told.append)
+        job = Job(None, request, rows, list(range(len(rows))), [None] * len(rows), None, told.append, hops)
         self.told[job] = told
         self.lane.add(job)
         return job
@@ -187,9 +188,10 @@ class Run:
         compressed, finished = self.told[job]
         assert isinstance(compressed, Compressed)
         assert isinstance(finished, Finished)
-        chunks = [chunk for passage in compressed.passages for chunk in passage.chunks]
-        for chunk, row in zip(chunks, job.rows, strict=True):
-            (alone,) = compress_rows(self.model, [row])
+        (lone,) = compress(self.model, [job.request], max_batch_tokens=1, hops=job.hops)
+        chunks, expected = ([c for p in each for c in p.chunks] for each in (compressed.passages, lone))
+        for chunk, alone in zip(chunks, expected, strict=True):
+            assert chunk.score == pytest.approx(alone.score, abs=1e-5)
             torch.testing.assert_close(chunk.memory, alone.memory, atol=1e-5, rtol=1e-5)
             assert (chunk.start, chunk.end, chunk.tokens) == (alone.start, alone.end, alone.tokens)
 
@@ -253,7 +255,12 @@ def test_a_request_that_fails_takes_no_other_with_it(model: Model, monkeypatch: 
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.sampled_from(["Who?", "When?"]), st.lists(st.sampled_from(TEXTS), min_size=1)),
+        st.tuples(
+            st.just("add"),
+            st.sampled_from(["Who?", "When?"]),
+            st.lists(st.sampled_from(TEXTS), min_size=1),
+            st.sampled_from([1, 2]),
+        ),
         st.tuples(st.just("cancel"), st.integers(0, 5)),
         st.tuples(st.just("advance")),
     ),

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from core.compressed import CompressedChunk
 from core.config import CompressorConfig, Config, GeneratorConfig
 from core.model import Model, build_model
 from core.passages import Passage
-from core.pipeline import CompressedChunk, PreparedRequest, gather, prepare
+from core.pipeline import PreparedRequest, gather, prepare
 from core.readouts import PointerReadout
 from service.cli.__main__ import main
 from service.evidence import passages_evidence

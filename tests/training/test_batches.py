@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.compressed import CompressedChunk, CompressedPassage
 from core.config import Mode
 from core.model import Model
-from core.pipeline import CompressedChunk, CompressedPassage, passage_text_ids, prepare, rows_of
+from core.pipeline import passage_text_ids, prepare, rows_of
 from core.readouts import candidates
 from core.rows import collate_rows
 from tests.tiny_pipeline import tiny_model

@@ -12,6 +12,7 @@ from core.errors import ConfigError, InputError
 from core.model import Model
 from core.pipeline import prepare as prepare_request
 from core.pipeline import text_prompt_tokens
+from core.policy import Policy
 from core.sampling import GenerationOptions
 from tests.tiny_evaluation import make_checkpoint, make_rows, read_json, run_evaluate
 from training.answering import answer_batch
@@ -101,6 +102,29 @@ def test_operations_are_counted_with_attention(model: Model, questions: list[Que
     assert text.flops["prefill"] == pytest.approx(expected, rel=0.01)
 
 
+def test_two_hops_are_a_setting_of_their_own(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    data, out = tmp_path / "dev.jsonl.gz", tmp_path / "out"
+    write_rows(data, make_rows())
+    for hops in ("1", "2"):
+        arguments = ("--modes", "text", "compressed", "--rates", "4", "--passages", "3", "--hops", hops)
+        assert run_evaluate(checkpoint, data, out, *arguments) == 0
+    result = read_json(out / "result.json")
+    names = [entry["name"] for entry in result["settings"]]
+    assert names == [f"{label}, 3 passages" for label in ("text", "compressed x4", "compressed x4, 2 hops")]
+    costs = [entry["flops"].get("compress", 0) for entry in result["settings"]]
+    assert 0 == costs[0] < costs[1] < costs[2] / 2
+    assert "compressor x4, 2 hops" in {entry["ranker"] for entry in result["ranking"]}
+    assert {entry["ranker"] for entry in result["no_answer"]} == {"bm25", "compressor x4"}
+    question = to_questions(make_rows())[0].with_passages(3)
+    recorded = next(
+        record
+        for record in read_results(out / "results.jsonl").records
+        if isinstance(record, AnswerRecord) and record.setting.hops == 2 and record.question == question.id
+    )
+    alone = answer(model, question.query, question.passages, Policy("compressed", hops=2), 4, OPTIONS)
+    assert recorded.answer == alone.text
+
+
 def test_rankers_score_every_passage(questions: list[Question], tiny_bert: Path) -> None:
     records = rank_bm25(questions, [2, 5]) + EmbeddingRanker(str(tiny_bert)).rank(questions[0], [2, 5])
     assert {(record.ranker, record.passages) for record in records} == {
@@ -148,7 +172,7 @@ def test_evaluate_writes_results_and_report(checkpoint: Path, tmp_path: Path) ->
 def test_text_mode_alone_compresses_nothing(
     model: Model, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is to be compressed")
 
     monkeypatch.setattr("training.answering.compress", refuse)
