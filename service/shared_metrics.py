@@ -32,7 +32,7 @@ def shared_folder() -> Path | None:
 
 
 def clear(folder: Path) -> None:
-    """Make the folder, and remove what an earlier run left in it."""
+    """Make the folder, and remove what an earlier run left in it. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in (*folder.glob("*.db"), *folder.glob("*.pid")):
         left.unlink()
@@ -40,13 +40,16 @@ def clear(folder: Path) -> None:
 
 def note_worker(folder: Path, number: int, pid: int) -> None:
     """A worker process has started: its memory and processor time belong to the metrics."""
-    (folder / f"worker_{number}.pid").write_text(str(pid))
+    with contextlib.suppress(OSError):  # a full disk costs metrics, no worker
+        folder.mkdir(parents=True, exist_ok=True)  # whatever tidies /tmp may have taken it; the worker writes there too
+        (folder / f"worker_{number}.pid").write_text(str(pid))
 
 
 def forget_worker(folder: Path, number: int) -> None:
     """A worker process has ended: its gauges are no longer true, its counters are."""
-    (folder / f"worker_{number}.pid").unlink(missing_ok=True)
-    mark_process_dead(number, str(folder))
+    with contextlib.suppress(OSError):
+        (folder / f"worker_{number}.pid").unlink(missing_ok=True)
+        mark_process_dead(number, str(folder))
 
 
 class SharedCollector(Collector):

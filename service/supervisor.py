@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError
 from service.channel import Channel, Handler
 from service.checkpoints import Checkpoint, Checkpoints
-from service.exit_status import REFUSED, SETTINGS, shell_status
+from service.exit_status import REFUSED, SETTINGS, refuse_start, shell_status
 from service.metrics import Metrics
 from service.settings import Settings
 from service.shared_metrics import VARIABLE, clear, forget_worker, note_worker, share_metrics
@@ -196,16 +197,16 @@ class Supervisor:
 def supervise(settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket]) -> int:
     """Run several workers until told to stop; the exit status. The folder of their metrics is made and removed here."""
     given = os.environ.get(VARIABLE)
-    folder = Path(given) if given else Path(tempfile.mkdtemp(prefix="scaledown-metrics-"))
-    clear(folder)
-    share_metrics(folder, "supervisor")
     try:
-        return asyncio.run(_run(settings, flags, listeners, folder))
+        folder = Path(given or tempfile.mkdtemp(prefix="scaledown-metrics-"))
+        clear(folder)
+        share_metrics(folder, "supervisor")
+        supervisor = Supervisor(settings, flags, listeners, folder)
+    except OSError as error:
+        return refuse_start(ConfigError(f"{VARIABLE}: the metrics of the workers cannot be kept ({error})"))
+    try:
+        return asyncio.run(supervisor.run())
     finally:
         clear(folder)
         if not given:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _run(settings: Settings, flags: Sequence[str], listeners: Sequence[socket.socket], folder: Path) -> int:
-    return await Supervisor(settings, flags, listeners, folder).run()

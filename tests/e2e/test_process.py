@@ -285,6 +285,16 @@ def test_a_device_that_is_not_there_ends_the_start_as_a_wrong_setting(root: Path
     assert json.loads(line)["reason"].startswith("device: cuda:99 is asked for")
 
 
+def test_metrics_that_cannot_be_kept_end_the_start_with_the_reason(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "file"))
+    status, [line] = refused(checkpoint=str(root / "first"), port="0", workers="2")
+    assert status == 2
+    assert json.loads(line)["reason"].startswith("PROMETHEUS_MULTIPROC_DIR: the metrics of the workers cannot be kept")
+
+
 def test_workers_that_are_killed_at_the_start_end_it_with_the_status_of_a_process_that_was(root: Path) -> None:
     status, lines = refused(command=("-c", KILLED), checkpoint=str(root / "first"), port="0", workers="2")
     assert status == 137  # which docs/operate.md names: the memory limit

@@ -73,6 +73,10 @@ class Service:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return {int(child) for child in children.split()}
 
+    def metrics_folder(self) -> Path:
+        environment = Path(f"/proc/{min(self.workers())}/environ").read_bytes().decode()
+        return Path(dict(line.split("=", 1) for line in environment.split("\0") if line)["PROMETHEUS_MULTIPROC_DIR"])
+
     def lines(self, message: str) -> int:
         return sum(f'"message": "{message}"' in line for line in self.log)
 
@@ -192,6 +196,17 @@ def test_sighup_follows_the_link_in_every_worker(service: Service, root: Path) -
     (root / "next").rename(root / "current")
     service.process.send_signal(signal.SIGHUP)
     wait_for(lambda: service.versions() == {version_of(root / "second")}, SECONDS)
+
+
+def test_workers_are_replaced_though_their_metrics_were_cleaned_away(service: Service, root: Path) -> None:
+    shutil.rmtree(service.metrics_folder())
+    for worker in service.workers():
+        served = service.lines("a worker serves")
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda before=served: service.lines("a worker serves") == before + 1, SECONDS)
+    assert service.versions() == {version_of(root / "second")}
+    for worker in "01":
+        assert service.metric(f'process_resident_memory_bytes{{worker="{worker}"}}') > 10_000_000
 
 
 def test_sigterm_drains_all_workers_and_the_exit_code_is_0(service: Service) -> None:
