@@ -120,7 +120,8 @@ def load_checkpoint(
     Raises CheckpointError that says which file, key or tensor is missing, unknown, altered, unsafe or does not fit,
     and BaseModelError where there is no base model of that name.
     """
-    folder = folder.resolve()  # the folder itself may be a link, such as `current`; nothing in it may
+    # The folder itself may be a link, such as `current`; nothing in it may. Of a circle of links `resolve` would raise.
+    folder = Path(os.path.realpath(folder))
     manifest, digest = read_manifest(folder)
     config = parse_json(Config, read_bounded(folder / "config.json"), "config.json")
     recorded = manifest.generator

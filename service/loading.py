@@ -21,6 +21,7 @@ from core.passages import Passage
 from core.policy import TokenCosts
 from core.quantization import quantise
 from core.sampling import GenerationOptions
+from service.checkpoints import followed
 from service.settings import SHIPPED, Settings
 from service.weights import keep_compressor
 
@@ -29,8 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def configured_folder(settings: Settings) -> Path | None:
-    """The folder that the settings name, else the shipped checkpoint's; None: an untrained model."""
-    return settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
+    """The folder that the settings name, else the shipped checkpoint's, links followed; None: an untrained model."""
+    folder = settings.checkpoint or (SHIPPED if SHIPPED.is_dir() else None)
+    return folder and followed(folder)
 
 
 def load_model(settings: Settings, folder: Path | None = None) -> Model:
@@ -48,7 +50,7 @@ def load_model(settings: Settings, folder: Path | None = None) -> Model:
     if folder is not None:
         model = load_checkpoint(folder, device=settings.device, dtype=dtype)
         if settings.accelerator != "eager":
-            _take_graphs(model, folder.resolve(), settings)
+            _take_graphs(model, folder, settings)
     elif settings.accelerator != "eager":
         raise ConfigError(f"accelerator: {settings.accelerator} runs the graphs of a checkpoint, and there is none")
     else:
@@ -107,7 +109,7 @@ def compute_dtype(settings: Settings, folder: Path | None = None) -> torch.dtype
         return DTYPES[settings.dtype]
     if settings.accelerator == "eager" or folder is None:
         return best_dtype(torch.device(settings.device))
-    return stored_dtype(folder.resolve())
+    return stored_dtype(folder)
 
 
 def load_to_serve(settings: Settings, folder: Path | None) -> Model:

@@ -38,6 +38,7 @@ from core.checkpoint import load_checkpoint
 from core.errors import ConfigError, ScaledownError
 from core.manifest import DTYPES
 from core.model import Model
+from service.checkpoints import followed
 
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # an EC2 instance's type
 PACKAGES = ("torch", "torch-neuronx", "neuronx-cc", "libneuronxla", "transformers", "scaledown")
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine(),
     }
     try:
-        receipt |= smoke(args.checkpoint.resolve(), args.accelerator, args.passes)
+        receipt |= smoke(followed(args.checkpoint), args.accelerator, args.passes)
         receipt["ok"] = True
     except ScaledownError as error:
         receipt["error"] = error.message

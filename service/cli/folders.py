@@ -14,6 +14,7 @@ from core.checkpoint import load_checkpoint
 from core.config import Config
 from core.errors import CheckpointError
 from core.manifest import MANIFEST, Manifest, parse_json, read_bounded, read_manifest
+from service.checkpoints import followed
 from service.versions import version_of
 
 Shown = tuple[Any, Any]
@@ -37,7 +38,7 @@ def inspect(options: argparse.Namespace) -> Shown:
     """Manifest and config of a checkpoint; its files are not verified. Raises CheckpointError."""
     manifest, config = _read(options.folder)
     result = {
-        "version": version_of(options.folder.resolve()),
+        "version": version_of(followed(options.folder)),
         "manifest": dataclasses.asdict(manifest),
         "config": dataclasses.asdict(config),
     }
@@ -50,12 +51,12 @@ def inspect(options: argparse.Namespace) -> Shown:
 
 def verify(options: argparse.Namespace) -> Shown:
     """Check the files and, unless told not to, load the model and repeat its golden example. Raises CheckpointError."""
-    manifest, _ = read_manifest(options.folder.resolve())
+    manifest, _ = read_manifest(followed(options.folder))
     checked = ["sha256"]
     if not options.files_only:
         load_checkpoint(options.folder)
         checked.append("golden example")
-    version = version_of(options.folder.resolve())
+    version = version_of(followed(options.folder))
     size = sum(record.bytes for record in manifest.files.values())
     result = {"version": version, "files": len(manifest.files), "bytes": size, "checked": checked}
     return result, f"{version}: {len(manifest.files)} files, {size / 1e6:.0f} MB; right: {', '.join(checked)}"
@@ -70,7 +71,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     manifest, config = _read(folder)
     compressor = config.compressor
     return {
-        "version": version_of(folder.resolve()),
+        "version": version_of(followed(folder)),
         "created": manifest.created,
         "trained": config.trained,
         "generator": manifest.generator.name,

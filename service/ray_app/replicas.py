@@ -17,7 +17,7 @@ from core.passages import Passage
 from core.pipeline import PreparedRequest
 from core.prompts import Prompt
 from core.rows import ChunkRow
-from service.checkpoints import checkpoint_root
+from service.checkpoints import checkpoint_root, followed
 from service.engine import Engine, Version
 from service.health import worker_trouble
 from service.jobs import AnswerPlan, Delta, Failed, Finished, Job, JobEvent
@@ -82,7 +82,7 @@ class ModelReplica:
         """Load what the settings name. Where that is broken by now, the ingress says what to load instead."""
         try:
             folder = configured_folder(self._settings)
-            await self.prepare(version_of(folder.resolve()) if folder else UNTRAINED)
+            await self.prepare(version_of(folder) if folder else UNTRAINED)
         except CheckpointError as error:
             log.error("the configured checkpoint is refused", extra={"reason": error.message})
 
@@ -193,8 +193,8 @@ def folder_of(settings: Settings, version: str) -> Path | None:
         return None
     name = version.partition("@")[0]
     configured = configured_folder(settings)
-    beside = [configured.resolve()] if configured else []
-    for folder in (*beside, (checkpoint_root(settings) / name).resolve()):
+    beside = [configured] if configured else []
+    for folder in (*beside, followed(checkpoint_root(settings) / name)):
         if folder.name == name and folder.is_dir():
             return folder
     raise CheckpointError(f"{name}: there is no checkpoint of this name")

@@ -27,6 +27,7 @@ def link(path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "is no folder"),
+        (lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder)), "is no folder"),  # a circle of links
         (lambda folder: (folder / MANIFEST).unlink(), r"manifest\.json is missing"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json: is missing"),
         (lambda folder: (folder / "generator.safetensors").unlink(), r"generator\.safetensors: is missing"),

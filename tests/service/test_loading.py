@@ -55,6 +55,13 @@ def test_int8_and_compiled_graphs_exclude_each_other(root: Path) -> None:
         load_model(settings)
 
 
+def test_links_in_a_circle_hold_no_graphs(tmp_path: Path) -> None:
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read"):
+        load_model(make_settings(checkpoint=circle, accelerator="jit", dtype="auto"))
+
+
 @pytest.mark.parametrize(
     ("device", "built", "gpus", "message"),
     [

@@ -68,6 +68,11 @@ def test_folders(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for more in ([], ["--files-only"]):
         assert main(["checkpoints", "verify", str(broken), *more]) == 1
         assert "golden.json: its sha256 is not the one in manifest.json" in capsys.readouterr().err
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    for command in ("inspect", "verify"):
+        assert main(["checkpoints", command, str(circle)]) == 1
+        assert "error: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_the_command_loads_answers_as_a_service_does(
