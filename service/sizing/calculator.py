@@ -45,8 +45,7 @@ class Plan:
     """What one way to answer needs for a rate of requests.
 
     sequences       answers that a replica writes at a time, when it is saturated
-    work_s          of one answer: a replica's time
-    stages_s        the same by stage
+    stages_s        of one answer, by stage: a replica's time
     capacity        answers a second of one replica, saturated
     replicas        so that each is busy for `utilisation` of its time
     alone_s         latency of a request that meets nobody
@@ -64,11 +63,6 @@ class Plan:
     alone_s: float
     memory_bytes: int
     cost_per_million: float
-
-    @property
-    def work_s(self) -> float:
-        """Of one answer."""
-        return sum(self.stages_s.values())
 
 
 def plan(costs: Costs, traffic: Traffic, limits: Limits, rate: float, busy: float, price: Price) -> Plan:
