@@ -47,8 +47,9 @@ class Versions:
             model = await self._read(folder)
         else:
             await asyncio.get_running_loop().run_in_executor(None, warm_up, model)
+        self._add(model)
         with contextlib.suppress(GeneratorUnavailableError):  # /readyz says so until it is there
-            await self._add(model)
+            await self._loaded[model.name].lane.generator.verify()
         if folder is not None and (limit := self._settings.max_model_bytes):
             self._check_room(folder.name, model_bytes(model), limit)  # the base model is counted only here
         return Checkpoint(model.name, folder)
@@ -57,10 +58,10 @@ class Versions:
         """The version of `folder`, from memory or freshly loaded, verified and warm. Raises CheckpointError."""
         label = folder.name if folder else "the untrained model"
         try:
-            if version in self._loaded:
-                await self._loaded[version].lane.generator.verify()
-                return version
-            return await self._load(folder, version, label)
+            if version is None or version not in self._loaded:
+                version = await self._load(folder, version, label)
+            await self._loaded[version].lane.generator.verify()
+            return version
         except (BaseModelError, CheckpointError, ConfigError, GeneratorUnavailableError) as error:
             raise CheckpointError(error.message) from None
         except Exception as error:
@@ -99,7 +100,7 @@ class Versions:
         model = await self._read(folder)
         if version is not None and model.name != version:
             raise CheckpointError(f"{label}: is {model.name} now and was {version}")
-        await self._add(model)
+        self._add(model)
         return model.name
 
     async def _read(self, folder: Path | None) -> Model:
@@ -110,12 +111,11 @@ class Versions:
         log.info("a checkpoint is loaded", extra={"checkpoint": model.name, **format_and_place})
         return model
 
-    async def _add(self, model: Model) -> None:
-        """Take a model in, and see that what writes its answers has its weights."""
-        self._loaded[model.name] = version = self._engine.open_version(model)
+    def _add(self, model: Model) -> None:
+        """Take a model in; whether what writes its answers has its weights is not known yet."""
+        self._loaded[model.name] = self._engine.open_version(model)
         self._engine.metrics.checkpoint.labels(model.name).set(0)
         self._measure()
-        await version.lane.generator.verify()
 
     def _measure(self) -> None:
         self._engine.metrics.model_bytes.set(sum(model_bytes(version.model) for version in self._loaded.values()))

@@ -299,6 +299,22 @@ def test_a_version_that_is_refused_leaves_the_gauge_as_it_is(
         assert answer(client)["checkpoint"] == version_of(root / "first")
 
 
+def test_a_version_in_memory_is_looked_at_again_by_whatever_name_it_is_asked_for(root: Path) -> None:
+    """Both checkpoints have the generator that the double serves, until it serves another."""
+    generator = load_checkpoint(root / "first").generator
+    vllm = VllmDouble(generator)
+    with vllm.running(), serve_checkpoint(root / "first", generator_url=vllm.url) as client:
+        held = change(client, "load", "second").json()["version"]
+        with torch.no_grad():
+            generator.model.get_decoder().layers[0].mlp.down_proj.weight.mul_(-3)
+        vllm.health = 503
+        wait_for(lambda: client.get("/readyz").status_code == 503)
+        vllm.health = 200
+        for name in (held, "second"):
+            response = change(client, "activate", name)
+            assert (response.status_code, response.json()["error"]["code"]) == (409, "checkpoint")
+
+
 def other_weights(model: Model) -> VllmDouble:
     """A server of another generator of the same shape."""
     generator = copy.deepcopy(model.generator)
