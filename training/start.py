@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
 from core.config import CompressorConfig, Config
@@ -39,8 +40,10 @@ def start_from(model: Model, folder: Path, *, adapter: bool = True, say: bool = 
     _check_same("start", folder, theirs, own)
     _check_bases(model, folder, config, "start", [GENERATOR, ENCODER])
     try:
-        weights = load_file(folder / "compressor.safetensors")
-        model.compressor.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
+        weights = {name: value.float() for name, value in load_file(folder / "compressor.safetensors").items()}
+        if "slots" in weights:
+            weights["slots"] = _fit_slots(weights["slots"], model.compressor.slots)
+        model.compressor.load_state_dict(weights, strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"start: {folder} does not fit model.compressor: {error}") from None
     file = adapter_file(folder)
@@ -65,6 +68,17 @@ def start_adapter_from(model: Model, folder: Path) -> None:
     config = _read_config(folder)
     _check_bases(model, folder, config, "start_adapter", [GENERATOR])
     _load_adapter(model, file, config, "start_adapter")
+
+
+def _fit_slots(slots: Tensor, own: Tensor) -> Tensor:
+    """`slots` (l + 1, width), [RR] last, as many as `own` has: other rates or chunks need more or fewer than were kept.
+
+    Slots stand by number from the first on at every rate; those that `slots` lacks stay as they are in `own`.
+    """
+    fitted = own.detach().clone()
+    shared = min(len(slots), len(own)) - 1
+    fitted[:shared], fitted[-1] = slots[:shared], slots[-1]
+    return fitted
 
 
 def adapter_file(folder: Path) -> Path | None:
@@ -108,6 +122,8 @@ def _read_config(folder: Path) -> Config:
 def _compressor_settings(config: CompressorConfig) -> dict[str, Any]:
     """What the weights of a compressor mean, by dotted keys: they are of no use with other values."""
     names = ["kind", "readout", "order"]
+    if config.kind == "n_layers":
+        names.append("n_layers")
     if config.readout == "pointer":
         names += ["pointer_window", "pointer_lead"]
     return {f"model.compressor.{name}": getattr(config, name) for name in names}

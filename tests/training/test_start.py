@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_training import settings, write_run
@@ -71,6 +72,28 @@ def test_what_gives_weights_no_other_meaning_may_differ(
     assert train(finished[0], tmp_path / "out", f"start={exported}", *other) == 0
     same = "model.generator.lora.target_modules=[down_proj, q_proj]"
     assert train(finished[0], tmp_path / "order", f"start={finished[1]}", same) == 0
+
+
+@pytest.mark.parametrize("rates", ["[8]", "[8,2]"])
+def test_other_rates_keep_the_slots_that_both_have(rates: str, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    config, best = finished
+    begun = [f"start={best}", f"model.compressor.rates={rates}", "optimizer.compressor_lr=0", "optimizer.heads_lr=0"]
+    assert train(config, tmp_path / "out", *begun, "loop.max_steps=1") == 0
+    before, after = (load_file(folder / "compressor.safetensors")["slots"] for folder in (best, tmp_path / "out/last"))
+    assert len(after) == {"[8]": 5, "[8,2]": 17}[rates]  # a chunk has 32 tokens; one more is [RR]
+    shared = min(len(before), len(after)) - 1
+    assert torch.equal(after[:shared], before[:shared])
+    assert torch.equal(after[-1], before[-1])
+    assert after[shared:-1].abs().sum(1).all()  # new ones begin as a fresh compressor's
+
+
+def test_another_number_of_layers_is_refused_by_name(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, settings(tiny_llama))
+    assert train(config, tmp_path / "two") == 0
+    assert train(config, tmp_path / "three", f"start={tmp_path}/two/best", "model.compressor.n_layers=3") == 1
+    assert "model.compressor.n_layers is 2, here 3" in capsys.readouterr().err
 
 
 def other_weights(base: Path, to: Path) -> Path:
