@@ -6,11 +6,13 @@ Two steps. Before the compressor runs, only lengths are known: `plan` says what 
 Once it has scored the passages, `choose` takes them one by one, best first:
 
 1. A passage under `min_relevance` is dropped.
-2. The others are shown in the smallest form that the mode allows, each one that fits into what is left of the bound;
-   one that does not fit is dropped.
-3. What room remains goes to text behind the embeddings, best first, each that fits: the best few in `hybrid`; in
-   `auto`, where the caller gave a bound, every passage that is relevant enough to hold an answer. The embeddings stay:
-   they know what the query asks of the passage.
+2. Each of the others is shown in the form that the mode wants for it, if that fits into what is left of the bound. In
+   `hybrid` that is text behind the embeddings for the best few, or else the embeddings alone. One of which nothing fits
+   is dropped.
+3. In `auto`, where the caller gave a bound, what room remains goes to text behind the embeddings, best first, each that
+   fits, of passages that are relevant enough to hold an answer.
+
+Embeddings stay where there is text too: they know what the query asks of the passage.
 """
 
 from collections.abc import Mapping, Sequence
@@ -194,54 +196,49 @@ def choose(
     threshold   relevance from which a passage counts as holding an answer
     """
     chosen: dict[int, Choice] = {}
+    with_text = [passage.index for passage in best_first if passage.text is not None]
+    most_relevant = with_text[: policy.hybrid_top] if policy.mode == "hybrid" else []
     used = shown = 0
     for passage in best_first:
-        choice = _first_choice(policy, passage)
-        fits = room is None or frame[shown + 1] + used + choice.tokens <= room
+        forms = _forms(policy, passage, passage.index in most_relevant)
+        fitting = (form for form in forms if room is None or frame[shown + 1] + used + form.tokens <= room)
         if passage.relevance is not None and passage.relevance < policy.min_relevance:
             choice = Choice("dropped", "below_min_relevance", 0)
-        elif not fits:
-            choice = Choice("dropped", "over_budget", 0)
+        else:
+            choice = next(fitting, Choice("dropped", "over_budget", 0))
         chosen[passage.index] = choice
         used += choice.tokens
         shown += choice.mode != "dropped"
-    left = None if room is None else room - frame[shown] - used
-    for passage, reason in _wanted_as_text(policy, best_first, threshold):
-        choice = chosen[passage.index]
-        if choice.mode != "compressed" or passage.text is None:
-            continue
-        if left is None or passage.text <= left:
-            chosen[passage.index] = Choice("hybrid", reason, choice.tokens + passage.text)
-            left = None if left is None else left - passage.text
-        elif policy.mode == "hybrid":
-            chosen[passage.index] = Choice("compressed", "over_budget", choice.tokens)
+    if policy.mode == "auto" and policy.max_prompt_tokens is not None and room is not None:
+        _add_text(chosen, best_first, room - frame[shown] - used, threshold)
     return chosen
 
 
-def _first_choice(policy: Policy, passage: Candidate) -> Choice:
-    """The smallest form that the mode allows."""
+def _forms(policy: Policy, passage: Candidate, most_relevant: bool) -> Sequence[Choice]:
+    """Those that the mode allows, the wanted one first."""
     text, memory = passage.text, passage.memory
     if memory is None or (policy.mode == "text" and text is not None):
         assert text is not None  # a passage has one form at least
-        return Choice("text", "asked" if policy.mode == "text" else "no_gain", text)
+        return (Choice("text", "asked" if policy.mode == "text" else "no_gain", text),)
     if policy.mode == "compressed":
-        return Choice("compressed", "asked", memory)
+        return (Choice("compressed", "asked", memory),)
     if text is None:
-        return Choice("compressed", "no_text", memory)
+        return (Choice("compressed", "no_text", memory),)
     if policy.mode == "auto":
-        return Choice("text", "no_gain", text) if text <= memory else Choice("compressed", "pays", memory)
-    return Choice("compressed", "asked", memory)
+        return (Choice("text", "no_gain", text) if text <= memory else Choice("compressed", "pays", memory),)
+    if most_relevant:
+        return (Choice("hybrid", "most_relevant", memory + text), Choice("compressed", "over_budget", memory))
+    return (Choice("compressed", "asked", memory),)
 
 
-def _wanted_as_text(
-    policy: Policy, best_first: Sequence[Candidate], threshold: float
-) -> list[tuple[Candidate, Reason]]:
-    if policy.mode == "hybrid":
-        with_text = [passage for passage in best_first if passage.text is not None]
-        return [(passage, "most_relevant") for passage in with_text[: policy.hybrid_top]]
-    if policy.mode == "auto" and policy.max_prompt_tokens is not None:
-        return [(p, "relevant") for p in best_first if p.relevance is not None and p.relevance >= threshold]
-    return []
+def _add_text(chosen: dict[int, Choice], best_first: Sequence[Candidate], left: int, threshold: float) -> None:
+    """Spend `left` tokens on the text of passages that are relevant and shown as embeddings."""
+    for passage in best_first:
+        choice, text = chosen[passage.index], passage.text
+        relevant = passage.relevance is not None and passage.relevance >= threshold
+        if relevant and choice.mode == "compressed" and text is not None and text <= left:
+            chosen[passage.index] = Choice("hybrid", "relevant", choice.tokens + text)
+            left -= text
 
 
 def overall(choices: Sequence[Choice]) -> Mode | None:

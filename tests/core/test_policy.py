@@ -101,6 +101,17 @@ def test_hybrid_says_what_it_had_no_room_to_show_as_text() -> None:
     assert chosen[0] == Choice("compressed", "over_budget", 8)
 
 
+def test_hybrid_has_the_best_as_text_before_it_keeps_the_embeddings_of_the_others() -> None:
+    passages = candidates(0.2, 0.9, 0.5)
+    for room, shown in (
+        (FRAME[1] + 8 + 100 - 1, ["compressed", "compressed", "compressed"]),
+        (FRAME[1] + 8 + 100, ["dropped", "hybrid", "dropped"]),
+        (FRAME[2] + 8 + 100 + 8, ["dropped", "hybrid", "compressed"]),
+        (FRAME[3] + 8 + 100 + 8 + 8, ["compressed", "hybrid", "compressed"]),
+    ):
+        assert modes(choose(Policy("hybrid", 1, room), passages, FRAME, room, 0.5)) == shown
+
+
 sizes = st.builds(
     lambda index, relevance, text, memory: Candidate(index, relevance, text, memory),
     st.just(0),
