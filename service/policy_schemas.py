@@ -58,6 +58,9 @@ class PlanOut(BaseModel):
         description="asked: by the request's mode; costs: measured costs decide what is compressed; relevance: all are"
         " compressed, since relevance has to be known"
     )
-    rate: int = Field(description="compression rate; auto takes a coarser one where the bound asks for it")
+    rate: int | None = Field(
+        description="of what the compressor read; auto takes a coarser one where the bound asks for it; null where it"
+        " read nothing: all came as embeddings, or auto shows all as text"
+    )
     max_prompt_tokens: int | None
     estimates_ms: EstimatesMs | None = Field(default=None, description="with explain, where costs are known")

@@ -119,7 +119,7 @@ def plan_out(session: Session, compressed: Compressed) -> PlanOut:
     return PlanOut(
         mode=overall(compressed.choices),
         reason=plan.reason,
-        rate=plan.rate,
+        rate=plan.rate if plan.read else None,
         max_prompt_tokens=session.prepared.policy.max_prompt_tokens,
         estimates_ms=estimates,
     )

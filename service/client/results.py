@@ -106,12 +106,13 @@ class Usage:
 class Plan:
     """How the request as a whole was served: what its passages' modes amount to, why, and at which rate.
 
+    rate            of what the compressor read; None where it read nothing
     estimates_ms    from compression to the first token, for all as `text`, all `compressed`, and `hybrid`
     """
 
     mode: Literal["compressed", "text", "hybrid"] | None
     reason: str
-    rate: int
+    rate: int | None
     max_prompt_tokens: int | None = None
     estimates_ms: dict[str, float] | None = None
 
