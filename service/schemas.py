@@ -2,8 +2,18 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from core.policy import Policy, RequestMode
 from service.embedding_store import query_sha256
@@ -30,9 +40,11 @@ def _check_not_empty(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
-FilledText = Annotated[Text, AfterValidator(_check_not_empty)]
+FilledText = Annotated[Text, AfterValidator(_check_not_empty), Field(json_schema_extra={"minLength": 1})]
 Identifier = Annotated[Text, Field(max_length=256)]
 Finite = Field(allow_inf_nan=False)
+NULL = {"type": "null"}  # in JSON Schema
+ANNOTATIONS = frozenset({"title", "description", "default", "examples"})  # of JSON Schema: they constrain nothing
 QUERY = "What does the Curie temperature of a ferromagnet mark?"
 TEXT = "Above its Curie temperature a ferromagnet loses its permanent magnetism. For iron this is 1043 K."
 
@@ -41,21 +53,37 @@ Query = Annotated[FilledText, Field(description="the question", examples=[QUERY]
 
 
 class Strict(BaseModel):
-    """Unknown fields and wrong types are refused: a misspelt option must not pass in silence."""
+    """Unknown fields and wrong types are refused: a misspelt option must not pass in silence.
+
+    Null in a field that may be left out is the same as leaving it out, whatever its default.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, value: Any) -> Any:
-        """Before anything else, since it is often why a field is missing. One: of a million it would take minutes."""
-        names = value if isinstance(value, dict) else ()
-        unknown = next((name for name in names if name not in cls.model_fields), None)
-        if unknown is None:
+    def _known_and_given(cls, value: Any) -> Any:
+        """Before anything else: an unknown name is often why a field is missing. One: of a million it takes minutes."""
+        if not isinstance(value, dict):
             return value
+        unknown = next((name for name in value if name not in cls.model_fields), None)
+        if unknown is None:
+            fields = cls.model_fields
+            return {name: each for name, each in value.items() if each is not None or fields[name].is_required()}
         meant = meant_by(unknown, cls.model_fields)
         hint = "" if meant is None else f"; did you mean {meant}?"
         raise PydanticCustomError("unknown_field", "{message}", {"message": UNKNOWN + hint, "name": shown(unknown)})
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(core)
+        model = handler.resolve_ref_schema(described)
+        for name, field in model["properties"].items() if handler.mode == "validation" else ():
+            kind = {key: each for key, each in field.items() if key not in ANNOTATIONS}
+            nullable = kind in ({}, NULL) or NULL in kind.get("anyOf", ())
+            if not nullable and not cls.model_fields[name].is_required():
+                model["properties"][name] = {"anyOf": [kind, NULL]} | {k: v for k, v in field.items() if k not in kind}
+        return described
 
 
 class PassageIn(Strict):

@@ -118,7 +118,7 @@ class TextFormat(Strict):
 class StreamOptions(OwnKeys):
     """What a stream holds beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Generation(Strict):
@@ -165,7 +165,7 @@ class Generation(Strict):
     @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ChatRequest(Generation):

@@ -25,6 +25,21 @@ def test_the_examples_are_good_requests(client: httpx.Client, path: str) -> None
         assert response.status_code == 200, response.text
 
 
+@pytest.mark.parametrize("path", PATHS + DIALECTS)
+def test_null_is_the_same_as_leaving_a_field_out(client: httpx.Client, path: str) -> None:
+    for schema in bodies(client.get("/openapi.json").json(), path):
+        fields, needed = schema["properties"], ["documents", *schema["required"]]  # of chat, `messages` may hold them
+        body = {name: fields[name]["examples"][0] for name in needed if name in fields}
+        nulls: dict[str, Any] = {name: None for name in fields if name not in body}
+        for name in nulls:
+            kinds = fields[name].get("anyOf", [fields[name]])
+            assert any(kind.get("type", "null") == "null" for kind in kinds), name
+        left_out, given = client.post(path, json=body), client.post(path, json={**nulls, **body})
+        assert (left_out.status_code, given.status_code) == (200, 200), given.text
+        if path == "/answer":
+            assert given.json()["answer"] == left_out.json()["answer"]
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_every_error_has_the_one_shape(client: httpx.Client, path: str) -> None:
     document = client.get("/openapi.json").json()
