@@ -136,6 +136,7 @@ class Server(uvicorn.Server):
             host=settings.host,
             port=settings.port,
             http=PatientProtocol,
+            ws="none",  # where a library for them is installed, their requests would pass by key, metrics and log line
             log_config=None,
             access_log=False,
             server_header=False,
@@ -143,8 +144,9 @@ class Server(uvicorn.Server):
             # Ours comes first: it answers what it cannot finish. This one is for connections that never end.
             timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
             h11_max_incomplete_event_size=64 * 1024,
-            # asyncio accepts this many connections at a time. One: none is taken by a worker while another is idle.
-            backlog=1 if settings.workers > 1 else BACKLOG,
+            # asyncio accepts this many connections at a time. One: none is taken by a worker while another is idle, and
+            # where no open file is left for them, that is logged once a second, not as often as this.
+            backlog=1,
         )
         super().__init__(config)
         self._app = app

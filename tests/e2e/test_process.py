@@ -84,6 +84,13 @@ def load_slowly(settings, folder):
 versions.load_to_serve = load_slowly
 sys.exit(main([]))
 """
+# The service with few files that it may have open.
+FEW_FILES = """
+import resource, sys
+from service.__main__ import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+sys.exit(main([]))
+"""
 # The service on a machine whose kernel kills a worker for its memory.
 KILLED = """
 import asyncio, sys
@@ -219,6 +226,18 @@ def test_a_checkpoint_that_is_being_loaded_does_not_hold_up_the_end(root: Path, 
         assert client.post("/answer", json=BODY).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def test_a_process_without_a_free_file_says_so_now_and_then_and_recovers(root: Path) -> None:
+    with running(root / "first", command=("-c", FEW_FILES)) as (_, client, log):
+        address = (client.base_url.host, client.base_url.port)
+        with contextlib.ExitStack() as opened:
+            for _ in range(150):
+                opened.enter_context(socket.create_connection(address))
+            wait_for(lambda: any("out of system resource" in line for line in log), 20)
+            time.sleep(2)
+            assert sum("out of system resource" in line for line in log) < 10
+        assert client.get("/livez").status_code == 200
 
 
 def test_a_terminal_that_closes_during_the_start_ends_nothing(root: Path) -> None:

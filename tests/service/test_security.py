@@ -50,6 +50,19 @@ def test_keys_guard_everything_but_health(serve: Serve) -> None:
         assert client.post("/rerank", json=BODY, headers={"X-API-Key": OTHER}).status_code == 200
 
 
+def test_a_websocket_is_a_request_like_any_other(serve: Serve) -> None:
+    handshake = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Version": "13",
+    }
+    with serve(api_keys=KEY) as client:
+        refused = client.get("/answer?text", headers=handshake)
+        assert (refused.status_code, error(refused)["code"]) == (401, "unauthorized")
+        assert client.get("/answer", headers={**handshake, **bearer(KEY)}).status_code == 405
+
+
 def test_a_key_may_hold_any_character(serve: Serve) -> None:
     key = "schlüssel-日本-0123456789"
     with serve(api_keys=key) as client:
