@@ -30,7 +30,7 @@ MIN_SAMPLES = 10  # fewer say nothing about a trend
 
 
 class Sample(NamedTuple):
-    """Memory of the service's process at one time: seconds from the start, bytes."""
+    """Memory of the service's processes at one time: seconds from the start, bytes."""
 
     seconds: float
     bytes: int
@@ -111,14 +111,14 @@ async def watch_memory(connection: httpx.AsyncClient, samples: list[Sample], int
 
 
 async def note_memory(connection: httpx.AsyncClient, samples: list[Sample], seconds: float) -> None:
-    """Memory of the service's process, from its metrics; nothing where its platform does not tell."""
+    """Memory of the service, of all its workers, from its metrics; nothing where its platform does not tell."""
     try:
         text = (await connection.get("/metrics")).text
     except httpx.HTTPError:
         return  # that the service fails is seen by those who ask it
-    found = re.search(r"^process_resident_memory_bytes (\S+)$", text, re.MULTILINE)
+    found = re.findall(r"^process_resident_memory_bytes(?:\{.*\})? (\S+)$", text, re.MULTILINE)
     if found:
-        samples.append(Sample(seconds, int(float(found[1]))))
+        samples.append(Sample(seconds, int(sum(map(float, found)))))
 
 
 def show(outcome: Outcome, clients: int) -> None:
