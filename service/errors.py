@@ -132,17 +132,22 @@ class JSONError(JSONResponse):
         self, content: dict[str, Any], status: int, headers: Mapping[str, str] | None = None, code: str | None = None
     ) -> None:
         super().__init__(content, status, headers)
-        self._code: str = code or content["error"]["code"]
+        self._detail = content["error"]
+        self._code: str = code or self._detail["code"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        note_error(scope, self._code)
+        note_error(scope, self._code, self._detail)
         await super().__call__(scope, receive, send)
 
 
-def note_error(scope: Scope, code: str) -> None:
-    """Have the request counted as one that ended in this error."""
-    scope.setdefault("state", {})["error_code"] = code
+def note_error(scope: Scope, code: str, detail: Mapping[str, Any] | None = None) -> None:
+    """Have the request counted as one that ended in this error, and logged with the limit that it is over.
+
+    Without a limit the field is not logged: an unknown one is named as the caller has it.
+    """
+    over = {name: detail[name] for name in ("field", "limit")} if detail and detail["limit"] is not None else {}
+    scope.setdefault("state", {}).update(error_code=code, error_over=over)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

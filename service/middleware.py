@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -94,7 +94,7 @@ class RequestContext:
         finally:
             session, code = state.get("session"), state.get("error_code")
             status = self._count_error(code, status)
-            self._note(route, status, code, time.perf_counter() - began, session)
+            self._note(route, status, time.perf_counter() - began, state)
             if span is not None:
                 span.end(scope["method"], route, status, request_id, session)
 
@@ -104,13 +104,14 @@ class RequestContext:
             self.metrics.errors.labels(code).inc()
         return CLIENT_LEFT if code == ClientLeftError.code else status  # a stream that was left began with 200
 
-    def _note(self, route: str, status: int, code: str | None, seconds: float, session: "Session | None") -> None:
+    def _note(self, route: str, status: int, seconds: float, state: Mapping[str, Any]) -> None:
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         extra: dict[str, Any] = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}
-        if code is not None:
-            extra["error"] = code
-        if session is not None:
+        if "error_code" in state:
+            extra |= {"error": state["error_code"], **state["error_over"]}
+        if "session" in state:
+            session: Session = state["session"]
             extra["checkpoint"] = session.version.model.name
         log.log(logging.DEBUG if route in QUIET else logging.INFO, "request", extra=extra)
 

@@ -111,7 +111,7 @@ class AnswerStream(Response):
         except Exception as error:
             content = error_content(error)
             if content["error"]["code"] == "internal":
-                log.exception("a stream failed")
+                log.exception("a request failed")
             note_error(scope, code_of(error))
             self._session.record()
             await _send_part(send, self._form.failure(content))

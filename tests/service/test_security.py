@@ -178,10 +178,14 @@ def test_logs_hold_no_passages_and_no_keys(serve: Serve, caplog: pytest.LogCaptu
         body = {"query": "a very private query", "passages": ["a very private passage"]}
         client.post("/rerank", json=body, headers={**bearer(KEY), "X-Request-Id": "find-me"})
         client.post("/rerank", json={**body, "mode": "private"}, headers=bearer(KEY))
+        client.post("/rerank", json={**body, "private": 1}, headers=bearer(KEY))
+        client.post("/rerank", json={**body, "passages": ["a private passage"] * 201}, headers=bearer(KEY))
     ours = [JsonFormatter().format(record) for record in caplog.records if record.name.startswith("service")]
     lines = [json.loads(line) for line in ours]
-    asked = [(line["status"], line.get("error")) for line in lines if line.get("route") == "/rerank"]
-    assert asked == [(200, None), (422, "invalid_input")]
+    asked = [(line["status"], line.get("error"), line.get("field")) for line in lines if line.get("route") == "/rerank"]
+    refused = (422, "invalid_input", None)
+    assert asked == [(200, None, None), refused, refused, (413, "too_large", "passages")]
+    assert [line["limit"] for line in lines if "limit" in line] == [200]
     assert not any("private" in line or KEY in line for line in ours)
 
 
