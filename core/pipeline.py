@@ -6,7 +6,7 @@ caller's, who may hand any mix of requests' rows to `compress_rows`.
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,7 +149,7 @@ def compress(
     """Compress whole requests: all their chunks together, in batches of like length under a token budget.
 
     read    for each request, the passages to compress; None: all of all
-    hops    2: all are read again for the query and the best of them (`core.hops`)
+    hops    2: all but the best are read again, for the query and that one (`core.hops`)
     """
     wanted = [
         [row for row in rows_of(model, request, rate) if read is None or row.chunk.passage in read[number]]
@@ -158,9 +158,11 @@ def compress(
     compressed = _compress_groups(model, wanted, max_batch_tokens)
     if hops > 1:
         again = [next_rows(model, rows, chunks) for rows, chunks in zip(wanted, compressed, strict=True)]
-        seconds = _compress_groups(model, again, max_batch_tokens)
-        triples = zip(wanted, compressed, seconds, strict=True)
-        compressed = [merge_hops(rows, first, second) if second else first for rows, first, second in triples]
+        seconds = _compress_groups(model, [list(rows.values()) for rows in again], max_batch_tokens)
+        compressed = [
+            _merge(first, dict(zip(rows, second, strict=True)))
+            for first, rows, second in zip(compressed, again, seconds, strict=True)
+        ]
     results = []
     for request, rows, chunks in zip(requests, wanted, compressed, strict=True):
         done = iter(chunks)
@@ -170,8 +172,12 @@ def compress(
     return results
 
 
-def next_rows(model: Model, rows: Sequence[ChunkRow], chunks: Sequence[CompressedChunk]) -> list[ChunkRow]:
-    """One request's rows of a second hop; see `core.hops.second_hop`."""
+def _merge(first: list[CompressedChunk], read_again: Mapping[int, CompressedChunk]) -> list[CompressedChunk]:
+    return merge_hops(first, [read_again.get(i, chunk) for i, chunk in enumerate(first)]) if read_again else first
+
+
+def next_rows(model: Model, rows: Sequence[ChunkRow], chunks: Sequence[CompressedChunk]) -> dict[int, ChunkRow]:
+    """One request's rows of a second hop, by their places in `rows`; see `core.hops.second_hop`."""
     return second_hop(rows, chunks, model.compressor.tokenizer, model.config.compressor.query_tokens)
 
 

@@ -49,7 +49,7 @@ class Policy:
     hybrid_top          passages that `hybrid` shows as text too; None: as many as the checkpoint is set to
     max_prompt_tokens   bound on the generator's prompt, template included; None: none but the generator's own
     min_relevance       passages that are less relevant are dropped
-    hops                2: passages are read again for the query and the best of them (`core.hops`)
+    hops                2: all passages but the best are read again, for the query and that one (`core.hops`)
     """
 
     mode: RequestMode = "compressed"

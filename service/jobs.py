@@ -68,8 +68,8 @@ class Job:
     rows, places    rows still to compress, and where the result of each goes in `results`
     results         one entry a chunk of `request`; those of passages that came as embeddings are filled already, and
                     those that `auto` shows as text without reading them stay None
-    hops            2: once all rows are compressed they are read again (`core.hops`)
-    first           what became of `rows` at first, while they are read again
+    hops            2: once all rows are compressed, those of all passages but the best are read again (`core.hops`)
+    first           what became of all rows at first, from then on
     marks           when each stage ended (`time.perf_counter()`)
     completion_tokens   of the answer so far
     """

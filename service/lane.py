@@ -49,12 +49,12 @@ class Lane:
     def add(self, job: Job) -> None:
         """Take a job in; its first event is `Compressed` or `Failed`."""
         self._jobs[job] = None
-        self._read(job, job.rows)
+        self._read(job, list(zip(job.places, job.rows, strict=True)))
 
-    def _read(self, job: Job, rows: Sequence[ChunkRow]) -> None:
+    def _read(self, job: Job, rows: Sequence[PlacedRow]) -> None:
         """Queue a job's rows but those whose outcome is known, or on its way to another job."""
         job.outstanding = len(rows)
-        places = [Place(job, index, row) for index, row in zip(job.places, rows, strict=True)]
+        places = [Place(job, index, row) for index, row in rows]
         self._queue([place for place in places if self._shared.ask(place)])
         if not job.outstanding:
             job.mark("queue")
@@ -143,16 +143,16 @@ class Lane:
         self.generator.add(job, job.plan, prompt)
 
     def _second_hop(self, job: Job) -> bool:
-        """Read a job's rows again, or put both readings together once that is done; whether it has begun."""
+        """Read some of a job's rows again, or put both readings together once that is done; whether it has begun."""
         chunks = [chunk for place in job.places if (chunk := job.results[place]) is not None]
         if job.first:
-            for place, chunk in zip(job.places, merge_hops(job.rows, job.first, chunks), strict=True):
+            for place, chunk in zip(job.places, merge_hops(job.first, chunks), strict=True):
                 job.results[place] = chunk
             return False
         rows = next_rows(self.model, job.rows, chunks)
         if rows:
             job.first = chunks
-            self._read(job, rows)
+            self._read(job, [(job.places[i], row) for i, row in rows.items()])
         return bool(rows)
 
     def _fail(self, job: Job, error: ScaledownError) -> None:

@@ -35,8 +35,8 @@ Hops = Annotated[
     Field(
         ge=1,
         le=2,
-        description="2: for questions that need two passages: all are read again, for the query and the most relevant"
-        " of them. Compressing costs about three times as much",
+        description="2: for questions that need two passages: all but the most relevant are read again, for the query"
+        " and that one. Compressing costs two to three times as much",
     ),
 ]
 MinRelevance = Annotated[float, Field(ge=0, le=1, description="passages less relevant than this are dropped")]

@@ -144,9 +144,7 @@ class Server(uvicorn.Server):
             # Ours comes first: it answers what it cannot finish. This one is for connections that never end.
             timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
             h11_max_incomplete_event_size=64 * 1024,
-            # asyncio accepts this many connections at a time. One: none is taken by a worker while another is idle, and
-            # where no open file is left for them, that is logged once a second, not as often as this.
-            backlog=1,
+            backlog=BACKLOG,
         )
         super().__init__(config)
         self._app = app
@@ -170,6 +168,10 @@ class Server(uvicorn.Server):
         """Start the application, then listen. Raises what the application does, and PortError."""
         self._loop = asyncio.get_running_loop()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
+        if sockets:
+            # asyncio accepts this many connections at a time. One: none is taken by a worker while another is idle, and
+            # where no open file is left for them, that is logged once a second, not as often as this.
+            self.config.backlog = 1
         try:
             await super().startup(sockets)
         except OSError as error:  # another process that was being started at the same time was sooner

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--passages", nargs="+", type=whole(1), default=[5], help="numbers of passages to answer from")
     parser.add_argument(
-        "--hops", type=int, choices=(1, 2), default=1, help="2: passages are read again for the query and the best one"
+        "--hops", type=int, choices=(1, 2), default=1, help="2: all but the best are read again for it too"
     )
     parser.add_argument("--ranking-passages", type=whole(0), default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")

@@ -48,7 +48,7 @@ class Plan:
     batch_size          questions answered side by side
     embedding_model     name of a model to rank with beside BM25; None for none
     cost_questions      how many questions are answered again, one by one, to count their operations and memory
-    hops                2: all but text mode reads passages again for the query and the best of them
+    hops                2: but in text mode, passages are read again for the query and the best of them (`core.hops`)
     """
 
     modes: tuple[Mode, ...] = MODES

@@ -21,7 +21,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "hops": {
         "type": int,
         "choices": (1, 2),
-        "help": "2: for questions that need two passages: all are read again, for the query and the best of them",
+        "help": "2: for questions that need two passages: all but the best are read again, for the query and that one",
     },
     "rate": {"type": int, "help": "compression rate: one of the checkpoint's"},
     "max_new_tokens": {"type": int, "help": "longest answer"},

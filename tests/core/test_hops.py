@@ -18,13 +18,14 @@ from core.tokenization import encode
 from tests.tiny_models import TEXT
 from tests.tiny_pipeline import PASSAGES, QUERY, tiny_model
 
+LONG = Passage(TEXT.strip())
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 BRIDGE = (
-    "Where was the engineer who built the Aare bridge born?",
+    "How many people live in the town where the poet Lena Aalto was born?",
     (
-        Passage("The stone bridge over the Aare was built by the engineer Emil Frey and opened to traffic in 1883."),
-        Passage("Emil Frey was born in Lucerne and studied in Zurich."),
-        Passage("The iron bridge over the Reuss was built by Karl Weber, who was born in Bern."),
+        Passage("The poet Lena Aalto was born in Raahe and wrote in Finnish."),
+        Passage("Raahe is a town on the coast where 24,000 people live."),
+        Passage("Porvoo is a town in the south where 51,000 people live."),
     ),
 )
 
@@ -34,7 +35,9 @@ def model(request: pytest.FixtureRequest, tiny_llama: Path, tiny_bert: Path) -> 
     return tiny_model(tiny_llama, tiny_bert if request.param == "encoder" else None, readout="pointer")
 
 
-def both(model: Model, passages: tuple[Passage, ...] = PASSAGES) -> tuple[list[ChunkRow], list[ChunkRow], ChunkRow]:
+def both(
+    model: Model, passages: tuple[Passage, ...] = PASSAGES
+) -> tuple[list[ChunkRow], dict[int, ChunkRow], ChunkRow]:
     """The rows of both hops, and the best row of the first."""
     request = prepare(model, QUERY, passages)
     rows, compressed = rows_of(model, request), compress(model, [request])[0]
@@ -43,11 +46,12 @@ def both(model: Model, passages: tuple[Passage, ...] = PASSAGES) -> tuple[list[C
     return rows, next_rows(model, rows, chunks), rows[best]
 
 
-def test_the_most_relevant_passage_joins_the_query(model: Model) -> None:
+def test_the_most_relevant_passage_joins_the_query_for_the_others(model: Model) -> None:
     rows, again, best = both(model)
     query, joint = rows[0].query_ids, encode(model.compressor.tokenizer, "\n").ids
-    for row, second in zip(rows, again, strict=True):
-        assert (second.chunk, second.memory_tokens) == (row.chunk, row.memory_tokens)
+    assert list(again) == [i for i, row in enumerate(rows) if row.chunk.passage != best.chunk.passage]
+    for i, second in again.items():
+        assert (second.chunk, second.memory_tokens) == (rows[i].chunk, rows[i].memory_tokens)
         assert second.query_ids[: len(query) + len(joint)] == query + joint
         joined = second.query_ids[len(query) + len(joint) :]
         wanted = best.chunk.compressor_ids
@@ -56,28 +60,29 @@ def test_the_most_relevant_passage_joins_the_query(model: Model) -> None:
 
 
 def test_a_long_passage_joins_as_far_as_the_query_has_room(model: Model) -> None:
-    _, again, _ = both(model, (Passage(TEXT.strip()), Passage("Bread.")))
-    assert {len(row.query_ids) for row in again} == {model.config.compressor.query_tokens}
+    _, again, _ = both(model, (LONG, LONG))
+    assert {len(row.query_ids) for row in again.values()} == {model.config.compressor.query_tokens}
 
 
-def test_nothing_is_read_again_where_that_would_change_nothing(model: Model) -> None:
-    assert both(model, PASSAGES[:1])[1] == []
+def test_nothing_is_read_again_where_there_is_nothing_to_read(model: Model) -> None:
+    assert both(model, PASSAGES[:1])[1] == {}
     request = prepare(model, " the" * model.config.compressor.query_tokens, PASSAGES)
     one, two = (compress(model, [request], hops=hops)[0] for hops in (1, 2))
     assert [passage.score for passage in one] == [passage.score for passage in two]
 
 
-def test_the_passage_that_joined_keeps_its_embeddings_and_its_better_score(model: Model) -> None:
-    _, again, best = both(model)
+def test_the_passage_that_joined_stays_as_it_was_and_first(model: Model) -> None:
+    _, _, best = both(model)
     request = prepare(model, QUERY, PASSAGES)
     one, two = (compress(model, [request], hops=hops)[0] for hops in (1, 2))
+    lead = rerank(one)[0]
+    assert lead == best.chunk.passage == rerank(two)[0]
     for before, after in zip(one, two, strict=True):
-        if before.index == best.chunk.passage:
+        if before.index == lead:
             torch.testing.assert_close(after.memory, before.memory)
             assert after.score >= before.score - 1e-5
         else:
             assert after.score != before.score
-    assert len(again) == sum(len(passage.chunks) for passage in two)
 
 
 def test_requests_side_by_side_are_as_alone(model: Model) -> None:
@@ -102,7 +107,7 @@ def test_what_is_not_to_be_read_stays_unread(model: Model) -> None:
 def test_auto_counts_what_is_read_twice(tiny_llama: Path) -> None:
     """Where compressing costs a third of what it saves, it pays once, and twice it does not."""
     model = tiny_model(tiny_llama)
-    request = prepare(model, QUERY, (Passage(TEXT.strip()),) * 2)
+    request = prepare(model, QUERY, (LONG, LONG))
     free = plan_request(model, request, Policy("auto"))
     assert free.read == {0, 1}
     row = rows_of(model, request)[0]
@@ -115,10 +120,9 @@ def test_auto_counts_what_is_read_twice(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["compressed", "hybrid"])
 def test_the_demo_follows_one_passage_to_another(smollm2: Path, minilm: Path, mode: str) -> None:
-    """Real weights: who built the bridge stands in one passage, and where he was born in another."""
+    """Real weights: where the poet was born stands in one passage, and how many live there in another."""
     model = load_checkpoint(DEMO, verify=False)
     options = GenerationOptions(max_new_tokens=8)
     one, two = (answer(model, *BRIDGE, Policy(mode, hops=hops), 8, options) for hops in (1, 2))  # type: ignore[arg-type]  # a parameter is a str
-    assert "Lucerne" not in one.text
-    assert two.text == "Lucerne"
-    assert rerank(two.passages)[0] == 1
+    assert (one.text, two.text) == ("51,000", "24,000")
+    assert (rerank(one.passages), rerank(two.passages)) == ([0, 2, 1], [0, 1, 2])
