@@ -16,7 +16,10 @@ HEADER_BYTES = 2048  # at most, of a blob beside its tensors
 
 
 class BlobStore(Protocol):
-    """A slower, larger place for blobs, maybe other processes' too. It loses what it likes, and raises nothing."""
+    """A slower, larger place for blobs, maybe other processes' too. It loses what it likes.
+
+    A method raises whatever its place does where that cannot be had now; it is then not called for a while.
+    """
 
     def read(self, key: PrefixKey, max_bytes: int) -> bytes | None:
         """The blob of `key`; None where there is none, or one of more than `max_bytes`."""

@@ -5,7 +5,6 @@ from time to time, so that together they may pass the limit by what is written b
 """
 
 import contextlib
-import logging
 import os
 import secrets
 import threading
@@ -16,11 +15,9 @@ from pathlib import Path
 
 from core.document_cache import PrefixKey
 
-log = logging.getLogger(__name__)
 LOOKS = 16  # at the whole folder, while as much is written as it may hold
 KEPT_SHARE = 0.9  # of the limit, after files were removed: so that not every write has to remove some
 STALE_SECONDS = 3600.0  # after which a file that was never finished is removed
-PAUSE_SECONDS = 60.0  # a disk that is full or cannot be written is left alone for so long, and said once
 TOUCH_SECONDS = 60.0  # how exact it is known when a file was used
 
 
@@ -39,7 +36,6 @@ class FolderStore:
         self._max_bytes = max_bytes
         self._bytes = 0  # in the folder, as far as is known
         self._until_look = 0  # bytes that may be written before the next look
-        self._paused_until = 0.0
         self._lock = threading.Lock()
 
     def read(self, key: PrefixKey, max_bytes: int) -> bytes | None:
@@ -58,25 +54,22 @@ class FolderStore:
         return None
 
     def write(self, key: PrefixKey, blob: bytes) -> None:
-        """Write a file beside its place and move it there."""
-        if time.monotonic() < self._paused_until:
-            return
+        """Write a file beside its place and move it there. Raises OSError, and leaves nothing then."""
         path = self._path(key)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
+        with self._lock:
+            if not self._make_room(len(blob)):
+                return
+            self._bytes += len(blob)
+            self._until_look -= len(blob)
         try:
-            with self._lock:
-                if not self._make_room(len(blob)):
-                    return
-                self._bytes += len(blob)
-                self._until_look -= len(blob)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             part.write_bytes(blob)
             part.replace(path)
-        except OSError as error:
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            log.warning("chunks cannot be kept on disk for now", extra={"error": error.strerror})
+        except OSError:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+            raise
 
     def discard(self, key: PrefixKey) -> None:
         """Remove a file."""
@@ -108,7 +101,7 @@ class FolderStore:
             self._bytes -= file.size
 
     def _files(self) -> Iterator[_File]:
-        """What is in the folder; what a dead process left unfinished is removed."""
+        """What is in the folder, but for what is being written; what a dead process left unfinished is removed."""
         now = time.time()
         for root, _, names in os.walk(self._folder):
             for name in names:
@@ -117,5 +110,5 @@ class FolderStore:
                     status = path.stat()
                     if name.endswith(".part") and now - status.st_mtime > STALE_SECONDS:
                         path.unlink()
-                    elif name.endswith((".part", ".safetensors")):
+                    elif name.endswith(".safetensors"):
                         yield _File(status.st_mtime, status.st_size, path)

@@ -19,8 +19,8 @@ from core.document_cache import PrefixKey
 from core.errors import ConfigError
 from core.model import Model
 from service.caches import documents
-from service.caches import folder as folder_module
 from service.caches.blobs import HEADER_BYTES, decode_prefix, encode_prefix
+from service.caches.documents import BlobStores
 from service.caches.folder import FolderStore
 from service.caches.redis_store import RedisStore
 from tests.free_port import free_port
@@ -131,27 +131,49 @@ def test_several_processes_in_one_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_what_another_process_writes_just_now_makes_no_room(tmp_path: Path) -> None:
+    part = tmp_path / KEY[0] / ".0123456789abcdef.part"
+    part.parent.mkdir()
+    part.write_bytes(b"x" * 900)
+    store = FolderStore(tmp_path, 1000)
+    store.write(KEY, b"y" * 800)
+    store.write(key(1), b"z" * 800)
+    assert part.read_bytes() == b"x" * 900
+    assert [store.read(each, 800) for each in (KEY, key(1))] == [None, b"z" * 800]
+
+
 def test_a_folder_that_cannot_be_written_is_only_no_help(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    store = FolderStore(blocked, 1000)
-    for _ in range(3):
-        store.write(KEY, b"x")
-    assert store.read(KEY, 10) is None
+    stores = BlobStores([FolderStore(blocked, 100_000), FolderStore(tmp_path / "other", 100_000)])
+    for number in range(3):
+        stores.put(key(number), PREFIX)
+    wait_for(lambda: len(list(tmp_path.rglob("*.safetensors"))) == 3)
     # Once, not for every chunk: on a full disk the log would be what fills it.
-    assert [record.message for record in caplog.records] == ["chunks cannot be kept on disk for now"]
+    assert [record.message for record in caplog.records] == ["chunks cannot be kept for now"]
     assert str(tmp_path) not in caplog.text
+    assert FolderStore(blocked, 1000).read(KEY, 10) is None
+    stores.close()
 
 
 def test_a_folder_is_written_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(documents, "REST_SECONDS", 0.0)
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    store = FolderStore(blocked, 1000)
-    store.write(KEY, b"x")
+    stores = BlobStores([FolderStore(blocked, 100_000), FolderStore(tmp_path / "other", 100_000)])
+    stores.put(key(1), PREFIX)
+    wait_for(lambda: list((tmp_path / "other").rglob("*.safetensors")))
     blocked.unlink()
-    store.write(KEY, b"x")
-    assert store.read(KEY, 10) == b"x"
+    stores.put(key(2), PREFIX)
+    wait_for(lambda: list(blocked.rglob("*.safetensors")))
+    stores.close()
+
+
+def test_without_a_place_nothing_is_made_ready_for_one() -> None:
+    before, stores = threading.active_count(), BlobStores([])
+    stores.put(KEY, PREFIX)
+    assert threading.active_count() == before  # no thread was started to write it
+    stores.close()
 
 
 def test_a_service_that_starts_again_knows_its_chunks(serve: Serve, document_first: Model, tmp_path: Path) -> None:
@@ -246,11 +268,9 @@ def test_services_share_chunks_through_redis(
             assert usage(again) == (0, chunks)
             assert_like(again, expected)
             assert all(store._client.ttl(name) > 0 for name in store._client.keys("scaledown:document:*"))
-    store.write(KEY, b"x")
-    assert store.read(KEY, 100) is None
     with serve(document_first, document_cache_redis=url) as client:  # nobody is there any more
         assert_like(answer(client), expected)
-    assert "Redis does not answer" in caplog.text
+    assert "chunks cannot be kept for now" in caplog.text
     assert url not in caplog.text
 
 
