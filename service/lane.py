@@ -72,13 +72,12 @@ class Lane:
         if self.model.documents is not None:
             self.model.documents.close()
 
-    def advance(self) -> bool:
-        """What the queue gives for one batch is compressed, then one turn of the generator. False: nothing to do."""
-        compressed = self._compress_next()
-        generated = self.generator.advance()
-        return generated or compressed
+    def advance(self) -> None:
+        """What the queue gives for one batch is compressed, then one turn of the generator."""
+        self._compress_next()
+        self.generator.advance()
 
-    def _compress_next(self) -> bool:
+    def _compress_next(self) -> None:
         taken = self._rows.take(self._settings.batch_tokens)
         for picked in taken:
             picked.job.mark("queue")
@@ -86,7 +85,6 @@ class Lane:
             batch = [taken[i] for i in indices]
             self._metrics.observe_batch([picked.length for picked in batch])
             self._compress(batch)
-        return bool(taken)
 
     def _compress(self, batch: Sequence[Picked[Job, PlacedRow]]) -> None:
         """One forward pass. A batch that fails is halved until only the request that cannot be served is left."""

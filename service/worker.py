@@ -70,11 +70,6 @@ class Worker:
         """Whether the thread exists."""
         return self._thread.is_alive()
 
-    @property
-    def thread_id(self) -> int | None:
-        """Identifier of the thread while it runs."""
-        return self._thread.ident
-
     def stalled_for(self) -> float:
         """Seconds the step that runs now has taken; 0 when idle."""
         began = self._step_began

@@ -27,8 +27,8 @@ class GeneratorEngine(Protocol):
     def cancel(self, job: Job) -> None:
         """Stop work on a job, wherever it stands; nothing happens where it is not here."""
 
-    def advance(self) -> bool:
-        """Let prompts join, and write a token of every answer here. False: there was nothing to do."""
+    def advance(self) -> None:
+        """Let prompts join, and write a token of every answer here."""
 
     async def verify(self) -> None:
         """Find out whether answers can be written, with the checkpoint's own weights; called on the event loop.

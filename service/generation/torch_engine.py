@@ -80,12 +80,11 @@ class TorchEngine:
             self._drop(sequence)
         self._rest()
 
-    def advance(self) -> bool:
+    def advance(self) -> None:
         """One group of prompts joins, and every running answer gets a token."""
-        joined = self._join()
-        stepped = self._step()
+        self._join()
+        self._step()
         self._rest()
-        return stepped or joined
 
     async def verify(self) -> None:
         """The weights are in this process, and were verified when they were loaded."""
@@ -95,7 +94,7 @@ class TorchEngine:
         if not self._running:
             self._decoder, self._widest = None, 0
 
-    def _join(self) -> bool:
+    def _join(self) -> None:
         """Prompts that have a slot and fit the prefill budget join the running batch, first come, first served."""
         group: list[Waiting] = []
         width = 0
@@ -107,7 +106,6 @@ class TorchEngine:
             group.append(self._ready.popleft())
         if group:
             self._prefill(group)
-        return bool(group)
 
     def _has_room(self, waiting: Waiting, running: int) -> bool:
         """Whether one more sequence fits beside `running` others; one alone always does."""
@@ -143,9 +141,9 @@ class TorchEngine:
             self._prefix = read_prefix(self._generator, self._prefix_ids)
         return DecodeBatch(self._generator, slots, tokens, self._prefix, passes)
 
-    def _step(self) -> bool:
+    def _step(self) -> None:
         if not self._running or self._decoder is None:
-            return False
+            return
         self._metrics.decode_sequences.observe(len(self._running))
         try:
             events = self._decoder.step()
@@ -154,14 +152,13 @@ class TorchEngine:
         else:
             for event in events:
                 self._token(self._running[event.sequence], event.text, event.finish_reason)
-            return True
+            return
         # The batch stands as it did before the step. Without memory the largest leaves and the others go on.
         running = sorted(self._running.values(), key=lambda each: -each.sequence.tokens)
         for each in running[:1] if out_of_memory(failure) else running:
             self._drop(each.sequence)
             each.job.end(Failed(shown(failure, each.job)))
         free_memory()
-        return True
 
     def _token(self, running: Running, text: str, finish_reason: str | None) -> None:
         job = running.job

@@ -66,9 +66,8 @@ class VllmEngine:
         """Close the job's stream, if it has one: vLLM stops writing then."""
         self._outbox.call(partial(self._stop, job))
 
-    def advance(self) -> bool:
+    def advance(self) -> None:
         """Nothing is written in this thread."""
-        return False
 
     async def verify(self) -> None:
         """See that the server is there and, at first or after something failed, that it has the checkpoint's weights.

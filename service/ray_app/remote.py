@@ -129,9 +129,8 @@ class RemoteGenerator:
         """Stop the replica that writes."""
         self._calls.cancel(job)
 
-    def advance(self) -> bool:
+    def advance(self) -> None:
         """Nothing is written in this process."""
-        return False
 
     async def verify(self) -> None:
         """Have all replicas of both kinds load this version, those too that were started since.

@@ -66,7 +66,6 @@ def advance(lane):
     end = time.monotonic() + 120
     while time.monotonic() < end:
         torch.ones(32, 32) @ torch.ones(32, 32)
-    return True
 Lane.advance = advance
 sys.exit(main([]))
 """
