@@ -23,11 +23,17 @@ def link(path: Path) -> None:
     path.symlink_to(path.parents[1] / target.name)
 
 
+def circle(path: Path) -> None:
+    """A link to itself."""
+    shutil.rmtree(path)
+    path.symlink_to(path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "is no folder"),
-        (lambda folder: (shutil.rmtree(folder), folder.symlink_to(folder)), "is no folder"),  # a circle of links
+        (circle, "is no folder"),
         (lambda folder: (folder / MANIFEST).unlink(), r"manifest\.json is missing"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json: is missing"),
         (lambda folder: (folder / "generator.safetensors").unlink(), r"generator\.safetensors: is missing"),

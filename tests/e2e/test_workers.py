@@ -199,11 +199,14 @@ def test_sighup_follows_the_link_in_every_worker(service: Service, root: Path) -
 
 
 def test_workers_are_replaced_though_their_metrics_were_cleaned_away(service: Service, root: Path) -> None:
-    shutil.rmtree(service.metrics_folder())
-    for worker in service.workers():
+    def replace(process: int) -> None:
         served = service.lines("a worker serves")
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda before=served: service.lines("a worker serves") == before + 1, SECONDS)
+        os.kill(process, signal.SIGKILL)
+        wait_for(lambda: service.lines("a worker serves") == served + 1, SECONDS)
+
+    shutil.rmtree(service.metrics_folder())
+    for process in service.workers():
+        replace(process)
     assert service.versions() == {version_of(root / "second")}
     for worker in "01":
         assert service.metric(f'process_resident_memory_bytes{{worker="{worker}"}}') > 10_000_000
