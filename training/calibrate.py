@@ -66,12 +66,17 @@ def choose_pair(known: Collection[Pair], rate: int | None, passages: int | None,
 def fit_relevance(scored: Sequence[Scored], seed: int = 0) -> Calibration:
     """Scale, bias and threshold from half of the questions, and how they do on the other half.
 
-    Raises ConfigError for fewer than two questions.
+    Raises ConfigError for fewer than two questions, and where what is relevant does not score higher.
     """
     fitted = measure_no_answer(scored, Bootstrap(seed=seed)).calibration if scored else None
     if fitted is None:
         raise ConfigError(
             f"results: {len(scored)} questions have gold and other passages; calibration needs at least 2"
+        )
+    if fitted.scale <= 0:
+        raise ConfigError(
+            f"results: gold passages score no higher than others (scale {fitted.scale:.3g}), so a probability would "
+            "put passages in reverse; train relevance first (loss.relevance)"
         )
     return fitted
 

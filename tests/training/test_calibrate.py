@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from core.accelerators import JitAccelerator
 from core.accelerators.artifact import accelerate
 from core.answer import answer
-from core.checkpoint import load_checkpoint
+from core.checkpoint import load_checkpoint, read_adapter, save_checkpoint
 from core.sampling import GenerationOptions
 from tests.tiny_evaluation import make_checkpoint, make_rows, read_json, run_evaluate
 from training.__main__ import main
@@ -18,8 +19,21 @@ OPTIONS = GenerationOptions(max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", tiny_llama)
+def reverse(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose untrained relevance happens to be lower for the gold passages of `make_rows`."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "reverse", tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reverse: Path) -> Path:
+    """The same with relevance the other way round."""
+    model = load_checkpoint(reverse)
+    with torch.no_grad():
+        for parameter in model.compressor.relevance.parameters():
+            parameter.neg_()
+    adapter = read_adapter(reverse, model.generator, model.config, torch.float32)
+    save_checkpoint(model, reverse.with_name("tiny"), adapter=adapter)
+    return reverse.with_name("tiny")
 
 
 def ranked(checkpoint: Path, folder: Path, *more: str) -> Path:
@@ -36,7 +50,7 @@ def calibrate(checkpoint: Path, evaluation: Path, out: Path, *more: str) -> int:
 
 
 def test_the_calibrated_checkpoint_answers_alike(checkpoint: Path, tmp_path: Path) -> None:
-    out, calibrated = ranked(checkpoint, tmp_path, "--rates", "4", "--passages", "4"), tmp_path / "calibrated"
+    out, calibrated = ranked(checkpoint, tmp_path, "--rates", "4", "--passages", "3"), tmp_path / "calibrated"
     assert calibrate(checkpoint, out, calibrated) == 0
     before, after = load_checkpoint(checkpoint), load_checkpoint(calibrated)
     assert after.config.relevance.threshold is not None
@@ -60,6 +74,15 @@ def test_what_was_ranked_is_listed_where_it_is_not_clear_which(
         assert listed in capsys.readouterr().err
     assert calibrate(checkpoint, out, tmp_path / "calibrated", "--passages", "3") == 0  # the checkpoint's first rate
     assert calibrate(checkpoint, out, tmp_path / "other", "--passages", "3", "--rate", "8") == 0
+
+
+def test_scores_that_rank_in_reverse_are_no_probability(
+    reverse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ranked(reverse, tmp_path, "--rates", "4", "--passages", "4")
+    assert calibrate(reverse, out, tmp_path / "calibrated") == 1
+    assert "gold passages score no higher than others" in capsys.readouterr().err
+    assert not (tmp_path / "calibrated").exists()
 
 
 def test_graphs_come_along(checkpoint: Path, tmp_path: Path) -> None:
