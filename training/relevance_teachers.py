@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from core.checkpoint import load_checkpoint
 from core.errors import ConfigError, TooLargeError
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Values = NDArray[np.float64]
 FIT_ROWS = 500  # enough for a few weights
+BLOCK = 16  # rows scored together: a compressor's embeddings of all of them would take gigabytes
 RIDGE = 1e-3  # keeps the weights finite where one reranker is always right
 
 
@@ -126,7 +128,10 @@ def fit_combination(teachers: Sequence[RelevanceTeacher], rows: Sequence[Row]) -
     if not usable:
         raise DataError("rerankers are combined by rows that have a gold and another passage: there is none")
     usable = usable[:: max(1, len(usable) // FIT_ROWS)]
-    features = _features(teachers, [(row.query, passage.content) for row in usable for passage in row.passages])
+    blocks = [usable[start : start + BLOCK] for start in range(0, len(usable), BLOCK)]
+    pairs = [[(row.query, passage.content) for row in block for passage in row.passages] for block in blocks]
+    bar = tqdm(pairs, desc="combining rerankers", unit=f"{BLOCK} rows", disable=None)
+    features = np.concatenate([_features(teachers, each) for each in bar])
     gold = np.array([passage.relevant for row in usable for passage in row.passages])
     sizes = [len(row.passages) for row in usable]
     weights = fit_weights(features, gold, sizes)

@@ -76,8 +76,10 @@ class ByHand:
 
     def __init__(self, table: dict[str, float]) -> None:
         self._table = table
+        self.most_at_once = 0
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        self.most_at_once = max(self.most_at_once, len(pairs))
         return [self._table[passage] for _, passage in pairs]
 
     def reads(self, query: str) -> bool:
@@ -113,6 +115,7 @@ def test_together_they_are_right_more_often_than_each_alone(caplog: pytest.LogCa
         combination = fit_combination([first, second], rows[:300])
     ensemble = Ensemble([first, second], combination)
     assert "gold passage first of 300 rows" in caplog.text
+    assert first.most_at_once == 16 * 4  # blocks of rows, not all of them
     held_out = rows[300:]
     assert gold_first(held_out, ensemble) > 0.05 + max(gold_first(held_out, first), gold_first(held_out, second))
     # Both are as telling, on scales ten times apart.
