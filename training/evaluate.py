@@ -63,16 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets", nargs="+", type=whole(1), help="bounds on the prompt, in tokens, to run auto mode under"
     )
-    parser.add_argument("--passages", nargs="+", type=whole(1), default=[5], help="numbers of passages to answer from")
     parser.add_argument(
-        "--hops", type=int, choices=(1, 2), default=1, help="2: all but the best are read again for it too"
+        "--passages", nargs="+", type=whole(1), default=[5], help="numbers of passages to answer from (default 5)"
+    )
+    parser.add_argument(
+        "--hops", type=int, choices=(1, 2), default=1, help="2: all but the best are read again for it too (default 1)"
     )
     parser.add_argument("--ranking-passages", type=whole(0), default=0, help="rank more than are answered from")
     parser.add_argument("--embedding-model", help="rank with this model too, as it comes (a name, folder or hub id)")
-    parser.add_argument("--batch-size", type=whole(1), default=16, help="questions answered side by side")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="questions answered side by side (default 16)")
     parser.add_argument("--max-new-tokens", type=whole(1, 4096), default=64, help="of an answer (default 64)")
     parser.add_argument(
-        "--cost-questions", type=whole(0), default=4, help="questions to count operations and memory of"
+        "--cost-questions", type=whole(0), default=4, help="questions to count operations and memory of (default 4)"
     )
     parser.add_argument("--text-baseline", type=Path, help="results.jsonl whose text mode is what retention is against")
     parser.add_argument("--judge-url", help="OpenAI-compatible endpoint of a judge, up to /v1")
@@ -81,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1 (default: cuda if any)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="what is computed in (default float32)")
-    parser.add_argument("--resamples", type=whole(1), default=1000, help="of the bootstrap")
+    parser.add_argument("--resamples", type=whole(1), default=1000, help="of the bootstrap (default 1000)")
     parser.add_argument(
         "--seed", type=whole(0, MAX_SEED), default=0, help="of the bootstrap and the calibration's split"
     )
