@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from statistics import fmean
 
 import torch
+from tqdm import tqdm
 
 from core.errors import ConfigError, InputError
 from core.model import Model
@@ -23,13 +24,18 @@ BATCH = 16
 
 
 @torch.no_grad()
-def evaluate_dev(objective: Objective, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
-    """Losses per token, passage or row; `pointer` accuracy, `gold_first`, and `f1_<mode>`, `em_<mode>` of answers."""
+def evaluate_dev(
+    objective: Objective, rows: Sequence[Row], config: TrainConfig, show: bool = False
+) -> dict[str, float]:
+    """Losses per token, passage or row; `pointer` accuracy, `gold_first`, and `f1_<mode>`, `em_<mode>` of answers.
+
+    `show`: how far it is, on the terminal.
+    """
     objective.eval()
     rows = [row for row in rows if can_be_read(objective.model, row, config)]
     examples = [make_example(objective.model, row, config.data, config.loss, f"dev/{row.id}") for row in rows]
-    scores = dev_losses(objective, examples, config)
-    scores |= served_scores(objective.model, rows, config)
+    scores = dev_losses(objective, examples, config, show)
+    scores |= served_scores(objective.model, rows, config, show)
     objective.train()
     return scores
 
@@ -48,12 +54,15 @@ def can_be_read(model: Model, row: Row, config: TrainConfig) -> bool:
 
 
 @torch.no_grad()
-def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: TrainConfig) -> dict[str, float]:
+def dev_losses(
+    objective: Objective, examples: Sequence[TrainExample], config: TrainConfig, show: bool = False
+) -> dict[str, float]:
     """The parts of the loss on dev examples: per token, passage or row."""
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     pointed = 0
-    for piece in micro_batches(objective.model, examples, config.loop.micro_batch_tokens):
+    pieces = micro_batches(objective.model, examples, config.loop.micro_batch_tokens)
+    for piece in tqdm(pieces, desc="losses on dev", unit="batch", disable=not show, leave=False):
         parts = objective(piece)
         pointed += parts.pointed
         for name, loss in parts.losses.items():
@@ -65,7 +74,7 @@ def dev_losses(objective: Objective, examples: Sequence[TrainExample], config: T
     return scores
 
 
-def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dict[str, float]:
+def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig, show: bool = False) -> dict[str, float]:
     """`gold_first`, and `f1_<mode>` and `em_<mode>` of greedy answers at the default rate, whatever the loss trains.
 
     From all passages of each row, as they would be served. A batch of questions is compressed once, for its ranking
@@ -75,7 +84,8 @@ def served_scores(model: Model, rows: Sequence[Row], config: TrainConfig) -> dic
     settings = [Setting(mode, rate=None, passages=0) for mode in config.data.modes] if answers else []
     options = GenerationOptions(max_new_tokens=config.data.answer_tokens)
     values: dict[str, list[float]] = {"gold_first": []} if ranks else {}
-    for start in range(0, len(rows), BATCH):
+    starts = range(0, len(rows), BATCH)
+    for start in tqdm(starts, desc="answers on dev", unit="batch", disable=not show, leave=False):
         batch = rows[start : start + BATCH]
         requests = [prepare(model, row.query, row.passages) for row in batch]
         compressed = None

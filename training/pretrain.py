@@ -22,7 +22,7 @@ from core.tokenization import encode
 from training.arguments import check_file
 from training.batches import Question, TrainExample
 from training.config import TrainConfig
-from training.data_format import check_string, number_lines, parse_json_line
+from training.data_format import check_string, number_lines, parse_json_line, parse_string
 from training.data_quality import ReadPolicy, ReadReport, parse_records
 from training.dev import dev_losses
 from training.objective import Objective
@@ -73,8 +73,8 @@ def text_task(config: TrainConfig) -> Task:
     texts = load_texts(config, "data.train", config.data.train)
     dev_texts = load_texts(config, "data.dev", config.data.dev)[: config.data.dev_questions or None]
 
-    def evaluate(objective: Objective) -> dict[str, float]:
-        return evaluate_texts(objective, dev_texts, config)
+    def evaluate(objective: Objective, show: bool) -> dict[str, float]:
+        return evaluate_texts(objective, dev_texts, config, show)
 
     def example(model: Model, index: int, key: str) -> TrainExample | None:
         rng = random.Random(f"{key}/{texts[index].id}")
@@ -85,8 +85,10 @@ def text_task(config: TrainConfig) -> Task:
     return Task([len(text.passage.content) for text in texts], example, evaluate)
 
 
-def evaluate_texts(objective: Objective, texts: Sequence[Text], config: TrainConfig) -> dict[str, float]:
-    """Loss per token of each kind on the same examples every time."""
+def evaluate_texts(
+    objective: Objective, texts: Sequence[Text], config: TrainConfig, show: bool = False
+) -> dict[str, float]:
+    """Loss per token of each kind on the same examples every time; `show`: how far it is, on the terminal."""
     objective.eval()
     model, most = objective.model, config.data.answer_tokens
     shares: dict[Kind, float] = {
@@ -98,7 +100,7 @@ def evaluate_texts(objective: Objective, texts: Sequence[Text], config: TrainCon
         examples = [
             make_text_example(model, text.passage, kind, most, random.Random(f"dev/{text.id}")) for text in texts
         ]
-        scores[f"loss_{kind}"] = dev_losses(objective, examples, config)["loss_answer"]
+        scores[f"loss_{kind}"] = dev_losses(objective, examples, config, show)["loss_answer"]
     objective.train()
     return scores
 
@@ -149,7 +151,7 @@ def parse_text(numbered: tuple[int, bytes]) -> Text:
     number, line = numbered
     values = parse_json_line(line)
     title = check_string(values["title"], "title") if values.get("title") else ""
-    return Text(str(number), Passage(check_string(values.get("text", ""), "text"), title))
+    return Text(str(number), Passage(parse_string(values, "text"), title))
 
 
 def pretrain_config(config: TrainConfig) -> TrainConfig:

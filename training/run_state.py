@@ -7,10 +7,12 @@ run/last/                  also trainable.safetensors, optimizer.safetensors, pr
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,25 @@ def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], text
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Inside, where it is `wanted`, no other process of this machine trains in the run's `folder`, which exists.
+
+    Raises ConfigError where one does already: two that write one `last/` would leave a mixture of both.
+    """
+    if not wanted:
+        yield
+        return
+    with ExitStack() as stack:
+        handle = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
+        except BlockingIOError:
+            raise ConfigError(f"--out {folder}: another process trains there; stop it or give another folder") from None
+        yield
 
 
 def recover_folder(folder: Path) -> None:

@@ -32,13 +32,14 @@ class Task:
     lengths   for each example, a cheap stand-in for its cost; batches hold examples of like length
     example   the example of an index, sampled with randomness that the key determines; None where it is over a limit.
               Raises InputError for one that cannot be used
-    evaluate  scores on dev examples, the same ones every time; `training.dev.dev_score` makes one number of them
+    evaluate  scores on dev examples, the same ones every time; `training.dev.dev_score` makes one number of them. The
+              second argument says whether to show how far it is
     check     raises ConfigError where the data does not fit the model; called once, before the first step
     """
 
     lengths: Sequence[int]
     example: Callable[[Model, int, str], TrainExample | None]
-    evaluate: Callable[[Objective], dict[str, float]]
+    evaluate: Callable[[Objective, bool], dict[str, float]]
     check: Callable[[Model], None] = lambda model: None
 
 
@@ -62,7 +63,7 @@ def question_task(config: TrainConfig) -> Task:
             check_logits(model, rows, logits)
 
     lengths = [row_length(row, config.data.passages) for row in rows]
-    return Task(lengths, example, lambda objective: evaluate_dev(objective, dev_rows, config), check)
+    return Task(lengths, example, lambda objective, show: evaluate_dev(objective, dev_rows, config, show), check)
 
 
 def load_rows(config: TrainConfig, key: str, name: str) -> list[Row]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,16 @@ from training.dev import dev_score
 from training.hardware import DEVICES, choose_runtime
 from training.metrics_log import MetricsLog
 from training.objective import Objective
-from training.run_state import Progress, optimizer_tensors, recover_folder, restore_run, run_settings, save_weights
+from training.run_state import (
+    LENGTH,
+    Progress,
+    alone_in,
+    optimizer_tensors,
+    recover_folder,
+    restore_run,
+    run_settings,
+    save_weights,
+)
 from training.runtime import Runtime
 from training.step import schedule, summarise, train_step, update
 from training.task import Task, check_examples, load_examples, question_task
@@ -54,11 +64,19 @@ DIVERGED = (
 )
 
 
-class Stop:
-    """While inside, SIGTERM and SIGINT only set `requested`: the loop saves and ends after the step it is in."""
+OVER = "nothing to do: {} is over at step {} of {} (loop.epochs {}, loop.max_steps {}, loop.patience {})"
+STOPPING = b"\nstopping after this step and its evaluation on dev, if it has one\n"
 
-    def __init__(self) -> None:
+
+class Stop:
+    """While inside, SIGTERM and SIGINT only set `requested`: the loop saves and ends after the step it is in.
+
+    say  whether the first of them is answered on stderr: an evaluation may take minutes
+    """
+
+    def __init__(self, say: bool) -> None:
         self.requested = False
+        self._say = say
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -69,6 +87,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._say and not self.requested:
+            os.write(2, STOPPING)  # no print: it may have been interrupted itself
         self.requested = True
 
 
@@ -105,6 +125,8 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     progress = resume(folder, run_settings(config, model, runtime), optimizer, names, runtime)
     steps, main = count_steps(len(task.lengths), config), runtime.rank == 0
     if progress.is_over(steps, config.loop.patience):
+        if main:
+            tqdm.write(OVER.format(folder, progress.step, steps, *(getattr(config.loop, name) for name in LENGTH)))
         return progress
     check_examples(task, model, config)
     if main:
@@ -112,8 +134,12 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
         (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     runtime.wait()
     failed = 0  # steps in a row whose gradient was not finite
-    bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not main)
-    with Stop() as stop, MetricsLog(folder, main, progress.step) as log, bar:
+    with (
+        alone_in(folder, main),
+        Stop(main) as stop,
+        MetricsLog(folder, main, progress.step) as log,
+        tqdm(total=steps, initial=progress.step, unit="step", disable=not main) as bar,
+    ):
         for step, epoch, indices in iterate_batches(task.lengths, config, progress.step):
             started = time.perf_counter()
             # Seeded by position: dropout after a resume is what it would have been.
@@ -144,8 +170,6 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
             if ending:
                 break
     runtime.wait()
-    if main and not progress.is_over(steps, config.loop.patience):
-        tqdm.write(f"stopped at step {progress.step} of {steps}; repeat the command to go on")
     return progress
 
 
@@ -180,7 +204,7 @@ def keep_best(
     """Evaluate on dev and write `best/` where this is the best so far."""
     evaluated = runtime.for_evaluation(objective)
     with runtime.autocast(config.loop.precision, evaluated.model.device), runtime.gathered():
-        scores = task.evaluate(evaluated)
+        scores = task.evaluate(evaluated, runtime.rank == 0)
     # The first process's count for all: kernels may round apart, and what one takes for the best all must.
     scores = runtime.sum_counts({name: score if runtime.rank == 0 else 0.0 for name, score in scores.items()})
     log.write(progress.step, "dev", scores)
@@ -236,7 +260,10 @@ def run_task(
     make_task: Callable[[TrainConfig], Task],
     adapt: Callable[[TrainConfig], TrainConfig] = lambda config: config,
 ) -> None:
-    """Train on a task as the command line says. Raises ScaledownError for what the user can mend."""
+    """Train on a task as the command line says.
+
+    Raises ScaledownError for what the user can mend, KeyboardInterrupt where a signal ended the run early.
+    """
     config = adapt(load_config(args.config, args.overrides))
     check_out_folder(args.out, "--out")
     if (args.out / "config.json").exists():
@@ -252,3 +279,8 @@ def run_task(
     if runtime.rank == 0:
         inner = ("settings", "window")
         print(json.dumps({name: value for name, value in asdict(progress).items() if name not in inner}))
+    steps = count_steps(len(task.lengths), config)
+    if not progress.is_over(steps, config.loop.patience):
+        if runtime.rank == 0:
+            tqdm.write(f"stopped at step {progress.step} of {steps}; repeat the command to go on")
+        raise KeyboardInterrupt  # as of any command that is stopped: what follows `&&` is for a run that is done

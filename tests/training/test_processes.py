@@ -98,7 +98,7 @@ def test_two_processes_with_sharded_layers_go_on_as_one(
     assert main(["train", str(config), "--out", str(tmp_path / "one")]) == 0
     with monkeypatch.context() as patch:
         stop_in(patch, 0)
-        assert main(["train", str(config), "--out", str(tmp_path / "two")]) == 0
+        assert main(["train", str(config), "--out", str(tmp_path / "two")]) == 130
     assert list(losses(tmp_path / "two")) == [1]
     launch("fsdp", config, tmp_path / "two", tmp_path)
     assert_same_run(tmp_path / "one", tmp_path / "two")

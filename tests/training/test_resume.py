@@ -19,7 +19,7 @@ from training.__main__ import main
 from training.config import load_config
 from training.data_format import write_rows
 from training.metrics_log import MetricsLog
-from training.run_state import Progress, recover_folder, save_weights, write_folder
+from training.run_state import Progress, alone_in, recover_folder, save_weights, write_folder
 from training.runtime import AccelerateRuntime
 from training.trainee import build_trainee
 
@@ -73,6 +73,20 @@ def test_a_run_can_be_made_longer_and_its_data_moved(tiny_llama: Path, tmp_path:
     assert train(config, out, f"data.train={moved}", *changes) == 0
     assert list(losses(out)) == [1, 2, 3, 4, 6]
     assert load_config(out / "config.yaml").loop.epochs == 2
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = write_run(tmp_path, settings(tiny_llama, loop={"max_steps": 1})), tmp_path / "out"
+    assert train(config, out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "config.yaml"}
+    with alone_in(out):  # as a run that goes on does
+        assert train(config, out, "loop.max_steps=2") == 1
+        assert f"--out {out}: another process trains there" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
+    assert train(config, out, "loop.max_steps=2") == 0
+    assert list(losses(out)) == [1, 2]
 
 
 @pytest.fixture
@@ -142,7 +156,7 @@ def test_the_log_is_as_if_nothing_had_stopped_the_run(
     for step in (1, 5):  # between two lines
         with monkeypatch.context() as patch:
             stop_in(patch, step)
-            assert train(config, tmp_path / "parts") == 0
+            assert train(config, tmp_path / "parts") == 130
     assert train(config, tmp_path / "parts") == 0
     whole, parts = (read_metrics(tmp_path / name) for name in ("whole", "parts"))
     for line in (*whole, *parts):
