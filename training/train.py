@@ -164,6 +164,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
                 progress.window = []
             if progress.step % config.loop.eval_every == 0 or last:
                 keep_best(objective, task, config, folder, progress, log, runtime)
+                shared |= runtime.sum_counts({"stop": float(stop.requested)})  # it may have come meanwhile
             ending = bool(shared["stop"]) or progress.is_over(steps, config.loop.patience)
             if (main or runtime.sharded) and (ending or progress.step % config.loop.save_every == 0):
                 save_last(model, config, progress, folder, optimizer, names, main)

@@ -273,6 +273,20 @@ def test_evaluating_does_not_count_as_training_time(
     assert all(line["tokens_per_s"] > 100 for line in read_metrics(tmp_path / "out"))
 
 
+def test_a_signal_while_dev_is_evaluated_ends_the_run_with_that_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate_stopped(*given: Any) -> dict[str, float]:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate_dev(*given)
+
+    monkeypatch.setattr("training.task.evaluate_dev", evaluate_stopped)
+    config = write_run(tmp_path, settings(tiny_llama, loop={"eval_every": 2}))
+    assert train(config, tmp_path / "out") == 130
+    progress = json.loads((tmp_path / "out" / "last" / "progress.json").read_text())
+    assert (progress["step"], progress["evaluations_since_best"]) == (2, 0)
+
+
 def test_the_rate_rises_and_falls_in_straight_lines() -> None:
     factors = [schedule(step, 100, 0.05) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
