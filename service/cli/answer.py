@@ -73,5 +73,7 @@ def show(question: Question, answer: Answer) -> None:
         style="dim",
         highlight=False,
     )
-    if answer.answerable is not None and not answer.answerable.answerable:
+    if all(passage.mode == "dropped" for passage in answer.passages):
+        console.print("All passages were left out: the answer comes from none of them.", style="yellow")
+    elif answer.answerable is not None and not answer.answerable.answerable:
         console.print("The passages do not seem to hold an answer.", style="yellow")

@@ -34,7 +34,7 @@ function showPassages(sent, answered) {
 }
 
 function showDone(data) {
-  const { usage, timings_ms: ms, answerable, passages, plan } = data;
+  const { usage, timings_ms: ms, passages, plan } = data;
   const text = data.answer.trim();
   $("answer").replaceChildren(text || element("span", { class: "quiet" }, "The model wrote nothing."));
   const cut = data.finish_reason === "length" ? ", cut off" : "";
@@ -46,9 +46,9 @@ function showDone(data) {
     time: time(ms.total),
     "to the first token": time(ms.total - (ms.decode ?? 0)),
   });
-  $("verdict").textContent = verdictOf(answerable, passages);
-  $("verdict").classList.toggle("doubtful", answerable?.answerable === false);
-  $("verdict").classList.toggle("quiet", !answerable);
+  const [verdict, tone] = verdictOf(data);
+  $("verdict").textContent = verdict;
+  $("verdict").className = `verdict ${tone}`;
   $("verdict").hidden = false;
   $("plan").textContent = planOf(plan, passages, time);
   $("plan").hidden = false;

@@ -50,13 +50,15 @@ export function planOf({ reason, rate, estimates_ms: estimates }, passages, time
   return sentences.join(" ");
 }
 
-/** Whether the passages hold an answer, as far as that is known. */
-export function verdictOf(answerable, passages) {
+/** Whether the passages hold an answer, as far as that is known: the words, and the class that colours them. */
+export function verdictOf({ answerable, passages, plan }) {
+  if (plan.mode === null) return ["All passages were dropped: this answer comes from none of them.", "doubtful"];
   if (answerable) {
-    const words = answerable.answerable ? "The passages seem to hold an answer" : "The passages may not hold an answer";
-    return `${words} (${answerable.probability.toFixed(2)}).`;
+    const { answerable: held, probability } = answerable;
+    const words = held ? "The passages seem to hold an answer" : "The passages may not hold an answer";
+    return [`${words} (${probability.toFixed(2)}).`, held ? "" : "doubtful"];
   }
   const unscored = passages.some((passage) => passage.relevance === null);
   const why = unscored ? "not every passage was scored" : "this checkpoint has no calibrated threshold";
-  return `Whether the passages hold an answer is not known: ${why}.`;
+  return [`Whether the passages hold an answer is not known: ${why}.`, "quiet"];
 }

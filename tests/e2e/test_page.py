@@ -122,6 +122,18 @@ def test_what_does_not_fit_the_budget_is_seen_to_be_dropped(page: Page, server: 
     assert not page.severe()
 
 
+def test_an_answer_from_no_passage_is_told_from_one_that_the_passages_hold(page: Page, server: httpx.Client) -> None:
+    none = ask(server, min_relevance=1.0)
+    assert none["plan"]["mode"] is None
+    page.click("Load an example")
+    page.type("budget", str(none["usage"]["prompt_tokens"]))
+    page.type("tokens", "4")
+    page.click("Answer")
+    page.answered()
+    assert page["verdict"].text == "All passages were dropped: this answer comes from none of them."
+    assert page["verdict"].get_attribute("class") == "verdict doubtful"
+
+
 def test_auto_says_why_and_what_was_not_scored(page: Page, server: httpx.Client) -> None:
     page.click("auto")
     page.type("query", "Who?")

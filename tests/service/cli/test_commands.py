@@ -52,6 +52,8 @@ def test_answer_for_a_person(client: httpx.Client, capsys: pytest.CaptureFixture
     assert shown.out == expected["answer"] + "\n"
     for text in ("embeddings", "Bread", f"{expected['usage']['prompt_tokens']} tokens read instead of", "untrained"):
         assert text in shown.err
+    assert main(["answer", QUERY, "Bread.", *LIMIT, "--min-relevance", "1"]) == 0
+    assert "All passages were left out: the answer comes from none of them." in capsys.readouterr().err
 
 
 def test_many_questions_are_answered_in_order(
