@@ -27,7 +27,8 @@ class GenerationOptions:
     temperature     0 is greedy; else logits are divided by it
     top_p           keep the likeliest tokens that together hold this probability (nucleus sampling, arXiv 1904.09751)
     top_k           keep this many likeliest tokens; 0 keeps all
-    seed            the same seed gives the same tokens, alone or in any batch; null draws a fresh one
+    seed            the same seed draws the same numbers, alone or in any batch; null draws fresh ones. In bfloat16
+                    the logits may be rounded differently there, and a token tipped
     stop            the answer ends before the first of these strings
     """
 
