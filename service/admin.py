@@ -1,14 +1,17 @@
 """/admin/checkpoints: which versions there are, and changing the one that serves. Off unless an admin key is set."""
 
+import contextlib
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from core.errors import InvalidInputError
+from core.errors import CheckpointError, InvalidInputError
 from service.auth import ADMIN_KEY
 from service.checkpoints import CheckpointControl, checkpoint_root
 from service.errors import WITH_BODY, documented
+from service.file_thread import LOOK_SECONDS, FileThread
 from service.schemas import Strict
 from service.versions import available_under
 
@@ -27,13 +30,15 @@ class CheckpointAction(Strict):
 class CheckpointList(BaseModel):
     """`active` serves; `kept` served before and can be rolled back to, the next one last; `available` are on disk.
 
-    `loaded` is in memory, to be activated; it has not served since it was loaded. One is held so.
+    `available` is null where the disk does not answer. `loaded` is in memory, to be activated; it has not served since
+    it was loaded. One is held so. `changing` is what a change that is under way is about; no other can begin meanwhile.
     """
 
     active: str
     kept: list[str]
-    available: list[str]
+    available: list[str] | None
     loaded: str | None
+    changing: str | None
 
 
 class CheckpointChange(CheckpointList):
@@ -66,9 +71,11 @@ async def change_checkpoint(body: CheckpointAction, request: Request) -> Checkpo
 
 
 async def _state(request: Request) -> dict[str, object]:
-    state = await control_of(request).state()
-    root = checkpoint_root(request.app.state.engine.settings)
-    return {"active": state.active, "kept": state.kept, "available": available_under(root), "loaded": state.loaded}
+    files: FileThread = request.app.state.files
+    root, available = checkpoint_root(request.app.state.engine.settings), None
+    with contextlib.suppress(CheckpointError):
+        available = await files.run("the checkpoint root", LOOK_SECONDS, available_under, root)
+    return {**asdict(await control_of(request).state()), "available": available}
 
 
 def control_of(request: Request) -> CheckpointControl:

@@ -23,6 +23,7 @@ from service.dialects import openai, rerank
 from service.dialects.errors import DialectErrors
 from service.engine import Engine
 from service.errors import NOTHING_HERE, JSONError, error_body, error_response, plain_response, validation_error
+from service.file_thread import FileThread
 from service.metrics import Metrics
 from service.middleware import Authentication, BodyLimit, HeadAsGet, RequestContext
 from service.settings import Settings
@@ -60,6 +61,7 @@ def create_app(
         engine = app.state.engine = engine_class(settings, metrics)
         own = Checkpoints(settings, lambda result: metrics.swaps.labels(result).inc())
         app.state.checkpoints = checkpoints or own
+        app.state.files = FileThread()
         tasks = [asyncio.create_task(health.watch_worker(engine, on_fatal or _exit))]
         tasks.append(asyncio.create_task(engine.watch_generator()))
         if metrics.shared:

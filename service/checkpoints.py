@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from core.errors import CheckpointError
+from service.file_thread import LOOK_SECONDS, FileThread
 from service.settings import SHIPPED, Settings
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """The version that serves; those that served before and are kept, the next rollback last; one that is to serve."""
+    """The version that serves; those that served before and are kept, the next rollback last; one that is to serve.
+
+    changing    what a change that is under way is about, by the name it was asked for
+    """
 
     active: str
     kept: tuple[str, ...]
     loaded: str | None = None
+    changing: str | None = None
 
 
 class Replica(Protocol):
@@ -97,7 +102,8 @@ class Checkpoints:
         self._kept: list[Checkpoint] = []  # served before; oldest first
         self._loaded: Checkpoint | None = None  # apart from those: what has not served is nothing to roll back to
         self._exclusive = asyncio.Lock()
-        self._changing = False
+        self._changing: str | None = None
+        self._files = FileThread()
         self._root = checkpoint_root(settings)
         self._followed: Path | None = None  # where the configured path pointed when it was last looked at
 
@@ -105,7 +111,7 @@ class Checkpoints:
         """The active version's folder, or the configured one: its link is followed now, once for all replicas."""
         if self._active is not None:
             return self._active.folder
-        return self._linked()
+        return await self._linked()
 
     async def join(self, replica: Replica, checkpoint: Checkpoint) -> None:
         """Take in a replica. One that starts during a change waits for its end, and takes part in what follows."""
@@ -120,7 +126,7 @@ class Checkpoints:
     async def load(self, name: str) -> str:
         """Have a folder under the root in memory, to be activated later, in place of what was loaded so before."""
         async with self._change(name):
-            target = await self._prepare(self._folder(name), None)
+            target = await self._prepare(await self._folder(name), None)
             if target.version not in (self._version(), *self._kept_names()):
                 self._loaded = target
             await self._commit()
@@ -133,7 +139,7 @@ class Checkpoints:
             known = next((each for each in in_memory if each is not None and each.version == name), None)
             if known is not None:
                 return await self._switch(known.folder, known.version)
-            return await self._switch(self._folder(name), None)
+            return await self._switch(await self._folder(name), None)
 
     async def roll_back(self) -> str:
         """Serve the version that served before."""
@@ -144,19 +150,33 @@ class Checkpoints:
 
     async def follow_link(self) -> None:
         """Serve what the configured path points at now. Nothing happens while another change is under way."""
-        if (target := self._linked()) is not None and not await self._follow(target):
+        try:
+            target = await self._linked()
+        except CheckpointError as error:
+            log.error("the link is not followed", extra={"reason": error.message})
+            return
+        if target is not None and not await self._follow(target):
             log.warning("the link is not followed: a checkpoint is being loaded; ask again when it is done")
 
     async def watch(self) -> None:
         """Follow the link whenever it moves. One that points at something broken is tried once, not again and again."""
+        seen = True
         while True:
             await asyncio.sleep(self._settings.watch_seconds)
-            if (target := self._linked()) is not None and target != self._followed:
+            try:
+                target = await self._linked()
+            except CheckpointError as error:
+                if seen:  # once, not as often as it is looked at
+                    log.error("the link cannot be watched for now", extra={"reason": error.message})
+                seen = False
+                continue
+            seen = True
+            if target is not None and target != self._followed:
                 await self._follow(target)
 
     async def _follow(self, target: Path) -> bool:
         """Serve what the link points at; False where another change is under way, and nothing was tried."""
-        if self._changing or self._active is None:
+        if self._changing is not None or self._active is None:
             return False
         self._followed = target
         with contextlib.suppress(CheckpointError):
@@ -164,20 +184,21 @@ class Checkpoints:
                 await self._switch(target, None)
         return True
 
-    def _linked(self) -> Path | None:
-        return self._settings.checkpoint and followed(self._settings.checkpoint)
+    async def _linked(self) -> Path | None:
+        path = self._settings.checkpoint
+        return path and await self._files.run(path.name, LOOK_SECONDS, followed, path)
 
     async def state(self) -> CheckpointState:
         """Which versions there are."""
         loaded = self._loaded.version if self._loaded else None
-        return CheckpointState(self._version(), self._kept_names(), loaded)
+        return CheckpointState(self._version(), self._kept_names(), loaded, self._changing)
 
     @contextlib.asynccontextmanager
     async def _change(self, wanted: str) -> AsyncIterator[None]:
         """One change at a time; a replica that joins meanwhile waits. Whoever asked for it, a refusal is logged."""
-        if self._changing:
-            raise CheckpointError("another change of the checkpoint is under way")
-        self._changing = True
+        if self._changing is not None:
+            raise CheckpointError(f"another change of the checkpoint is under way: {self._changing}")
+        self._changing = wanted
         try:
             async with self._exclusive:
                 yield
@@ -186,7 +207,7 @@ class Checkpoints:
             log.error("the new checkpoint is refused", extra={"checkpoint": wanted, "reason": error.message})
             raise
         finally:
-            self._changing = False
+            self._changing = None
 
     async def _prepare(self, folder: Path | None, version: str | None) -> Checkpoint:
         """The first phase, one replica after the other: each checks the memory that those before have left."""
@@ -236,12 +257,14 @@ class Checkpoints:
         """What stays in memory beside the active version."""
         return (*self._kept_names(), *((self._loaded.version,) if self._loaded else ()))
 
-    def _folder(self, name: str) -> Path:
+    async def _folder(self, name: str) -> Path:
         """The folder of that name under the root; nothing outside of it can be named, not through links either."""
-        root = followed(self._root)
-        if not FOLDER_NAME.fullmatch(name) or not (folder := followed(root / name)).is_relative_to(root):
-            raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
-        return folder
+        if FOLDER_NAME.fullmatch(name):
+            root = await self._files.run(name, LOOK_SECONDS, followed, self._root)
+            folder = await self._files.run(name, LOOK_SECONDS, followed, root / name)
+            if folder.is_relative_to(root):
+                return folder
+        raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
 
 
 def followed(path: Path) -> Path:

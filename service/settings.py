@@ -85,6 +85,10 @@ class Settings(BaseSettings):
     max_model_bytes: int = Field(
         default=0, ge=0, description="memory for all loaded checkpoints together; 0: what the machine has free"
     )
+    load_seconds: Seconds = Field(
+        default=1800,
+        description="time another checkpoint has to be loaded in; it is refused then, and the one that serves stays",
+    )
     watch_seconds: float = Field(
         default=0,
         ge=0,

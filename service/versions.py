@@ -17,6 +17,7 @@ from core.tensor_files import read_header
 from service.checkpoints import FOLDER_NAME, Checkpoint
 from service.engine import Engine, Version
 from service.errors import GeneratorUnavailableError
+from service.file_thread import FileThread
 from service.free_memory import free_bytes
 from service.loading import compute_dtype, configured_folder, load_to_serve, warm_up
 from service.settings import Settings
@@ -34,6 +35,7 @@ class Versions:
         self._settings = settings
         self._loaded: dict[str, Version] = {}
         self._wanted: tuple[str, ...] = ()
+        self._files = FileThread()
 
     async def start(self, model: Model | None, folder: Path | None) -> Checkpoint:
         """Load (unless given) and warm up the first version. Raises what the load raises, and CheckpointError.
@@ -44,7 +46,7 @@ class Versions:
             folder = folder or configured_folder(self._settings)
             if folder is not None and (limit := self._settings.max_model_bytes):
                 self._check_room(folder.name, least_bytes(self._settings, folder), limit)
-            model = await self._read(folder)
+            model = await self._read(folder, None)
         else:
             await asyncio.get_running_loop().run_in_executor(None, warm_up, model)
         self._add(model)
@@ -90,23 +92,25 @@ class Versions:
         self._measure()
 
     async def _load(self, folder: Path | None, version: str | None, label: str) -> str:
+        seconds = self._settings.load_seconds
         if folder is not None:
-            name = await asyncio.get_running_loop().run_in_executor(None, version_of, folder)
+            name, size = await self._files.run(label, seconds, _version_and_bytes, folder)
             if version is not None and name != version:
                 raise CheckpointError(f"{label}: has changed on disk: it is {name} now and was {version}")
             if name in self._loaded:
                 return name
-            self._check_memory(folder)
-        model = await self._read(folder)
+            self._check_memory(label, size)
+        model = await self._read(folder, seconds)
         if version is not None and model.name != version:
             raise CheckpointError(f"{label}: is {model.name} now and was {version}")
         self._add(model)
         return model.name
 
-    async def _read(self, folder: Path | None) -> Model:
+    async def _read(self, folder: Path | None, seconds: float | None) -> Model:
         """Load, verify and warm up. A large model takes minutes: the log says what it is that takes them."""
-        log.info("loading a checkpoint", extra={"checkpoint": folder.name if folder else "untrained"})
-        model = await asyncio.get_running_loop().run_in_executor(None, load_to_serve, self._settings, folder)
+        name = folder.name if folder else "untrained"
+        log.info("loading a checkpoint", extra={"checkpoint": name})
+        model = await self._files.run(name, seconds, load_to_serve, self._settings, folder)
         format_and_place = {"dtype": model.number_format, "device": str(model.device)}
         log.info("a checkpoint is loaded", extra={"checkpoint": model.name, **format_and_place})
         return model
@@ -120,12 +124,12 @@ class Versions:
     def _measure(self) -> None:
         self._engine.metrics.model_bytes.set(sum(model_bytes(version.model) for version in self._loaded.values()))
 
-    def _check_memory(self, folder: Path) -> None:
+    def _check_memory(self, name: str, file_bytes: int) -> None:
         """Refuse what would not fit beside the versions in memory, before it is loaded."""
         sizes = [model_bytes(version.model) for version in self._loaded.values()]
-        needed = int(LOADING_FACTOR * max([_file_bytes(folder), *sizes]))
+        needed = int(LOADING_FACTOR * max([file_bytes, *sizes]))
         limit = self._settings.max_model_bytes
-        self._check_room(folder.name, needed, limit - sum(sizes) if limit else free_bytes(), sum(sizes))
+        self._check_room(name, needed, limit - sum(sizes) if limit else free_bytes(), sum(sizes))
 
     def _check_room(self, name: str, needed: int, free: int, loaded: int = 0) -> None:
         if needed > free:
@@ -164,5 +168,5 @@ def least_bytes(settings: Settings, folder: Path) -> int:
     return size * sum(shape.numel() for header in headers for shape, _ in header.values())
 
 
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+def _version_and_bytes(folder: Path) -> tuple[str, int]:
+    return version_of(folder), sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

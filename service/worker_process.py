@@ -60,7 +60,7 @@ class SupervisedCheckpoints:
     async def state(self) -> CheckpointState:
         """Which versions there are."""
         state = await self._call("state")
-        return CheckpointState(state["active"], tuple(state["kept"]), state["loaded"])
+        return CheckpointState(**{**state, "kept": tuple(state["kept"])})
 
     async def _call(self, method: str, **values: Any) -> Any:
         assert self._channel is not None  # first_folder comes first

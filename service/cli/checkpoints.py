@@ -98,7 +98,9 @@ def table_of(found: Checkpoints) -> Table:
     if found.loaded:
         rows.append((found.loaded, "in memory, to activate"))
     in_memory = {version.split("@")[0] for version, _ in rows}
-    rows += [(name, "on disk") for name in found.available if name not in in_memory]
+    rows += [(name, "on disk") for name in found.available or () if name not in in_memory]
+    if found.changing:
+        rows.append((found.changing, "being loaded"))
     for row in rows:
         table.add_row(*row)
     return table

@@ -106,7 +106,11 @@ DEFAULT_RETRY = Retry()
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request and the reader of its response. `accepted`: statuses that are answers, not errors."""
+    """One request and the reader of its response.
+
+    accepted    statuses that are answers, not errors
+    patient     however long the service takes, within limits of its own
+    """
 
     method: Literal["GET", "POST"]
     path: str
@@ -114,6 +118,7 @@ class Call(Generic[T]):
     body: Mapping[str, Any] | None = None
     admin: bool = False
     accepted: tuple[int, ...] = (200,)
+    patient: bool = False
 
     def result(self, status: int, headers: Mapping[str, str], content: bytes) -> T:
         """The typed result of a response. Raises ResponseError and ProtocolError."""
@@ -168,9 +173,9 @@ def checkpoints_call() -> Call[Checkpoints]:
 
 
 def change_call(action: CheckpointAction, name: str | None = None) -> Call[Checkpoints]:
-    """Load a checkpoint, serve it, or go back to the one before."""
+    """Load a checkpoint, serve it, or go back to the one before. A large one takes minutes."""
     body = {"action": action} if name is None else {"action": action, "name": name}
-    return Call("POST", "/admin/checkpoints", _reader(Checkpoints), body, admin=True)
+    return Call("POST", "/admin/checkpoints", _reader(Checkpoints), body, admin=True, patient=True)
 
 
 class EventReader:

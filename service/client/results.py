@@ -252,12 +252,14 @@ class Readiness:
 class Checkpoints:
     """`active` serves; `kept` served before and are in memory, the next rollback last; `available` are on disk.
 
-    `loaded` is in memory too, to be activated; None where nothing was loaded, and from services before it was told.
+    `available` is None where the service's disk does not answer. `loaded` is in memory too, to be activated; None where
+    nothing was loaded, and from services before it was told. `changing` is what a change that is under way is about.
     `version` is what a change was about; None where nothing was changed.
     """
 
     active: str
     kept: tuple[str, ...]
-    available: tuple[str, ...]
+    available: tuple[str, ...] | None
     loaded: str | None = None
+    changing: str | None = None
     version: str | None = None

@@ -35,15 +35,17 @@ def request_of(http: httpx.Client | httpx.AsyncClient, base_url: str, keys: Keys
     if call.body is None:
         return http.build_request(call.method, base_url + call.path, headers=headers)
     headers["Content-Type"] = "application/json"
-    content, timeout = json.dumps(call.body), _patience(http.timeout, call.body.get("timeout"))
+    content = json.dumps(call.body)
+    read = None if call.patient else _patience(http.timeout.read, call.body.get("timeout"))
+    timeout = httpx.Timeout(connect=http.timeout.connect, read=read, write=http.timeout.write, pool=http.timeout.pool)
     return http.build_request(call.method, base_url + call.path, content=content, headers=headers, timeout=timeout)
 
 
-def _patience(usual: httpx.Timeout, deadline: object) -> httpx.Timeout:
-    """The connection's timeout, longer where the service was given a later deadline."""
-    if not isinstance(deadline, int | float) or usual.read is None or not usual.read < deadline + MARGIN_S < math.inf:
+def _patience(usual: float | None, deadline: object) -> float | None:
+    """Seconds that an answer is waited for: the usual ones, or more where the service was given a later deadline."""
+    if not isinstance(deadline, int | float) or usual is None or not usual < deadline + MARGIN_S < math.inf:
         return usual
-    return httpx.Timeout(connect=usual.connect, read=deadline + MARGIN_S, write=usual.write, pool=usual.pool)
+    return deadline + MARGIN_S
 
 
 def unreachable(error: httpx.TransportError) -> UnreachableError:

@@ -17,11 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from core.checkpoint import load_checkpoint
 from core.errors import CheckpointError
+from core.model import Model
+from service import admin, checkpoints, versions
 from service.app import create_app
 from service.loading import load_model
 from service.versions import model_bytes, version_of
 from tests.service.calls import PASSAGES, QUERY, answer, error
 from tests.service.conftest import make_settings, serve_app
+from tests.waiting import wait_for
 
 KEY = "admin-0123456789abcdef"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -49,6 +52,7 @@ def test_a_checkpoint_serves_as_its_folder_says(root: Path) -> None:
             "kept": [],
             "available": ["first", "second"],
             "loaded": None,
+            "changing": None,
         }
 
 
@@ -343,3 +347,74 @@ def test_a_link_that_moves_is_followed(root: Path, tmp_path: Path) -> None:
         assert follow(tmp_path / "nothing") == version_of(root / "second")
         assert follow(link) == version_of(root / "second")  # a circle
         assert follow(root / "first") == version_of(root / "first")
+
+
+@pytest.fixture
+def hangs() -> Iterator[threading.Event]:
+    """Set while files do not answer, as those of a network file system whose server is away."""
+    event = threading.Event()
+    yield event
+    event.clear()  # threads that wait for it end
+
+
+def test_a_load_that_hangs_is_given_up_and_changes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, hangs: threading.Event
+) -> None:
+    first, second = version_of(root / "first"), version_of(root / "second")
+    model = load_model(make_settings(checkpoint=root / "second"))
+
+    def load(*_: object) -> Model:
+        while hangs.is_set():
+            time.sleep(0.01)
+        return model
+
+    with serve_checkpoint(root / "first", load_seconds=2) as client:
+        monkeypatch.setattr(versions, "load_to_serve", load)
+
+        def state() -> Any:
+            return client.get("/admin/checkpoints", headers=ADMIN).json()
+
+        refusals: list[httpx.Response] = []
+        changing = threading.Thread(target=lambda: refusals.append(change(client, "activate", "second")))
+        hangs.set()
+        changing.start()
+        wait_for(lambda: state()["changing"] == "second")
+        assert error(change(client, "activate", first))["message"].endswith("is under way: second")
+        assert answer(client)["checkpoint"] == first
+        changing.join()
+        assert error(refusals[0])["message"] == "second: its files did not come within 2 seconds, and are given up"
+        assert 'scaledown_checkpoint_swaps_total{result="refused"} 1.0' in client.get("/metrics").text
+        assert (state()["active"], state()["changing"]) == (first, None)
+        assert change(client, "activate", first).status_code == 200  # what needs no file is not held up
+        assert "is not over" in error(change(client, "activate", "second"))["message"]  # nor piles up threads
+        hangs.clear()
+        wait_for(lambda: change(client, "activate", "second").status_code == 200, 30)
+        assert answer(client)["checkpoint"] == second
+
+
+def test_a_folder_that_hangs_holds_up_no_request(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: threading.Event
+) -> None:
+    def patient(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            while hangs.is_set():
+                time.sleep(0.01)
+            return call(*arguments)
+
+        return called
+
+    for module, name in ((checkpoints, "followed"), (admin, "available_under")):
+        monkeypatch.setattr(module, name, patient(getattr(module, name)))
+        monkeypatch.setattr(module, "LOOK_SECONDS", 0.5)
+    link = tmp_path / "current"
+    link.symlink_to(root / "first")
+    with serve_checkpoint(link, checkpoint_root=root, watch_seconds=0.05) as client:
+        hangs.set()
+        link.unlink()
+        link.symlink_to(root / "second")
+        client.timeout = httpx.Timeout(10)
+        state = client.get("/admin/checkpoints", headers=ADMIN).json()
+        assert (state["active"], state["available"]) == (version_of(root / "first"), None)
+        assert error(change(client, "activate", "second"))["message"].startswith("second: ")
+        hangs.clear()
+        wait_for(lambda: answer(client)["checkpoint"] == version_of(root / "second"), 30)  # the link is watched again

@@ -229,6 +229,12 @@ def test_a_later_deadline_is_waited_for(usual: float | None, deadline: Any, pati
     assert request.extensions["timeout"] == {"connect": 5, "read": patience, "write": 5, "pool": 5}
 
 
+def test_a_large_checkpoint_is_waited_for_as_long_as_it_takes() -> None:
+    with httpx.Client(timeout=5) as http:
+        request = request_of(http, "http://service", Keys(), change_call("activate", "large"))
+    assert request.extensions["timeout"] == {"connect": 5, "read": None, "write": 5, "pool": 5}
+
+
 def test_a_response_of_another_kind_is_refused() -> None:
     with pytest.raises(ProtocolError, match="no Ranking: results"):
         rerank_call("q", ["a"], {}).result(200, {}, b'{"timings_ms": {}, "checkpoint": "x"}')
