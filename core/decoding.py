@@ -4,7 +4,6 @@ The idea is Orca's iteration-level scheduling (OSDI 2022, sec. 3.1) over static 
 the first rows, so a step is one forward pass over views of the slots, and no row costs another anything but time.
 """
 
-from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.decode_passes import DecodePasses, TorchPasses
-from core.errors import CancelledError, OverloadedError, TooLargeError
+from core.errors import OverloadedError, TooLargeError
 from core.generator import Generator
 from core.kv_slots import PromptPrefix
 from core.prompts import Prompt
@@ -24,7 +23,6 @@ from core.text_stream import TextStream
 MAX_PREFILL_TOKENS = 4096  # padded positions of one prefill pass; a longer prompt gets a pass of its own
 
 FinishReason = Literal["stop", "length"]
-ShouldCancel = Callable[[], bool]
 
 
 @dataclass(eq=False, slots=True)
@@ -226,20 +224,20 @@ def generate(
     options: Many[GenerationOptions],
     *,
     max_sequences: int = 16,
-    should_cancel: ShouldCancel | None = None,
     passes: DecodePasses | None = None,
 ) -> list[Completion]:
     """Answer every prompt, at most `max_sequences` at a time, with one `options` each; by `passes`, if given.
 
-    `should_cancel` is asked before every token. Raises CancelledError once it says so, and what `DecodeBatch.add` does.
+    Raises what `DecodeBatch.add` does.
     """
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts came with {len(options)} options")
     at_once = max(1, min(max_sequences, len(prompts)))
-    batch = DecodeBatch(generator, at_once, _room(prompts, options), passes=passes)
+    pairs = zip(prompts, options, strict=True)
+    longest = max((prompt.tokens + each.max_new_tokens for prompt, each in pairs), default=1)
+    batch = DecodeBatch(generator, at_once, longest, passes=passes)
     texts: dict[Sequence, list[str]] = {}  # in the order of the prompts
     while len(texts) < len(prompts) or batch.live:
-        _raise_if(should_cancel)
         joining = slice(len(texts), len(texts) + batch.free_slots)
         texts |= {sequence: [] for sequence in batch.add(prompts[joining], options[joining])}
         for event in batch.step():
@@ -249,25 +247,3 @@ def generate(
         for sequence, text in texts.items()
         if sequence.finish_reason is not None  # true of each: the batch is empty
     ]
-
-
-def stream(
-    generator: Generator, prompt: Prompt, options: GenerationOptions, *, should_cancel: ShouldCancel | None = None
-) -> Iterator[Event]:
-    """Answer one prompt token by token; the events' texts, joined, are what `generate` gives. Raises as it does."""
-    batch = DecodeBatch(generator, 1, _room([prompt], [options]))
-    _raise_if(should_cancel)
-    batch.add([prompt], [options])
-    while batch.live:
-        _raise_if(should_cancel)
-        yield from batch.step()
-
-
-def _room(prompts: Many[Prompt], options: Many[GenerationOptions]) -> int:
-    """Tokens of the longest sequence there can be."""
-    return max((prompt.tokens + each.max_new_tokens for prompt, each in zip(prompts, options, strict=True)), default=1)
-
-
-def _raise_if(should_cancel: ShouldCancel | None) -> None:
-    if should_cancel is not None and should_cancel():
-        raise CancelledError("generation was cancelled")

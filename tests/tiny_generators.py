@@ -1,6 +1,6 @@
 """Tiny generators by name, with sliding windows too, and prompts for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from core.base_models import BaseModel
 from core.config import PromptConfig
+from core.decoding import DecodeBatch, Event
 from core.generator import Generator, load_generator
 from core.prompts import Block, Prompt, PromptTemplate
+from core.sampling import GenerationOptions
 from core.tokenization import load_tokenizer
 
 # Windows of 6 positions, shorter than every prompt here: in all layers of one model, in half the layers of another.
@@ -49,3 +51,11 @@ def prompt_of(generator: Generator, seed: int, blocks: int = 2) -> Prompt:
         for i in range(blocks)
     ]
     return PromptTemplate(generator.tokenizer, PromptConfig(system="Be brief.")).build(f"Which {seed}?", mixed)
+
+
+def stream(generator: Generator, prompt: Prompt, options: GenerationOptions) -> Iterator[Event]:
+    """One answer, token by token."""
+    batch = DecodeBatch(generator, 1, prompt.tokens + options.max_new_tokens)
+    batch.add([prompt], [options])
+    while batch.live:
+        yield from batch.step()

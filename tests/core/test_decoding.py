@@ -14,14 +14,14 @@ from torch import Tensor
 
 from core import decoding, sampling
 from core.decode_passes import read_prefix
-from core.decoding import Completion, DecodeBatch, Event, generate, stream
+from core.decoding import Completion, DecodeBatch, Event, generate
 from core.decoding import Sequence as DecodedSequence
-from core.errors import CancelledError, OverloadedError, TooLargeError
+from core.errors import OverloadedError, TooLargeError
 from core.generator import Generator
 from core.kv_slots import CAPACITY_STEP
 from core.prompts import Prompt
 from core.sampling import GenerationOptions
-from tests.tiny_generators import WINDOWED, load_tiny, prompt_of, tiny_generator
+from tests.tiny_generators import WINDOWED, load_tiny, prompt_of, stream, tiny_generator
 
 ALL = ["tiny_llama", "tiny_mistral", "tiny_qwen2", "tiny_qwen3"]
 GREEDY = GenerationOptions(max_new_tokens=12)
@@ -246,16 +246,6 @@ def test_a_cancelled_sequence_frees_its_slot_at_once(qwen3: Generator) -> None:
     assert (batch.live, batch.free_slots) == (1, 1)
     assert [event.sequence for event in batch.step()] == [second]
     assert len(first.token_ids) == 1
-
-
-def test_should_cancel_is_asked_between_tokens(qwen3: Generator) -> None:
-    asked = iter([False, False, False, True])
-    events = stream(qwen3, prompt_of(qwen3, 1), GREEDY, should_cancel=lambda: next(asked))
-    assert len([next(events), next(events)]) == 2
-    with pytest.raises(CancelledError):
-        next(events)
-    with pytest.raises(CancelledError):
-        generate(qwen3, [prompt_of(qwen3, 1)], [GREEDY], should_cancel=lambda: True)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(qwen3: Generator) -> None:

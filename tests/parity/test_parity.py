@@ -13,12 +13,13 @@ from transformers import AutoModel, MistralConfig, PretrainedConfig, Qwen2Config
 from core.compressors import Compressor, NLayersCompressor
 from core.compressors.n_layers import first_layers_state
 from core.config import CompressorConfig
-from core.decoding import generate, stream
+from core.decoding import generate
 from core.model import Model
 from core.pipeline import build_prompt, compress, compress_rows, prepare, rows_of
 from core.rows import ChunkRow, RowBatch, collate_rows
 from core.sampling import GenerationOptions
 from core.tokenization import encode, load_tokenizer
+from tests.tiny_generators import stream
 from tests.tiny_pipeline import PASSAGES, QUERY, embedding_table, tiny_model
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3"]

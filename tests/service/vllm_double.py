@@ -22,11 +22,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from core.decoding import stream
 from core.generator import Generator
 from core.prompts import Prompt
 from core.sampling import GenerationOptions
 from tests.free_port import free_port
+from tests.tiny_generators import stream
 
 
 class VllmDouble:
