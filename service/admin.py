@@ -72,7 +72,8 @@ async def change_checkpoint(body: CheckpointAction, request: Request) -> Checkpo
 
 async def _state(request: Request) -> dict[str, object]:
     files: FileThread = request.app.state.files
-    root, available = checkpoint_root(request.app.state.engine.settings), None
+    root = checkpoint_root(request.app.state.engine.settings)
+    available: list[str] | None = None
     with contextlib.suppress(CheckpointError):
         available = await files.run("the checkpoint root", LOOK_SECONDS, available_under, root)
     return {**asdict(await control_of(request).state()), "available": available}

@@ -231,8 +231,8 @@ def test_a_process_without_a_free_file_says_so_now_and_then_and_recovers(root: P
     with running(root / "first", command=("-c", FEW_FILES)) as (_, client, log):
         address = (client.base_url.host, client.base_url.port)
         with contextlib.ExitStack() as opened:
-            for _ in range(150):
-                opened.enter_context(socket.create_connection(address))
+            for connection in [socket.create_connection(address) for _ in range(150)]:
+                opened.enter_context(connection)
             wait_for(lambda: any("out of system resource" in line for line in log), 20)
             time.sleep(2)
             assert sum("out of system resource" in line for line in log) < 10
