@@ -6,8 +6,9 @@ VENV ?= .venv
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What is installed beside the project. CI adds int8: torchao warns whenever transformers is imported, and slows that.
 EXTRAS ?= training,dev
-# Tests that start no server: they run in two processes. Of the others some say how long something may take.
-ALONE = tests/core tests/parity tests/training
+# They run in two processes. Of the others some say how long something may take, or load the machine.
+SIDE_BY_SIDE = tests/core tests/docker tests/docs tests/parity tests/training tests/test_architecture.py \
+	$(addprefix tests/service/,adapters cli client dialects)
 BIN = $(VENV)/bin
 COMMA = ,
 # Named after the extras: others are installed when they are asked for.
@@ -50,8 +51,8 @@ test: setup ## set up, then types, lint, format and the whole test suite
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ALONE)
-	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE:%=--ignore=%)
 
 # 7 GB: PyPI's torch 2.9 brings the CUDA libraries and does not load without them.
 test-xla: ## run the tests on XLA's CPU device, in .venv-xla: the graphs of both models, and training for Trainium
