@@ -157,6 +157,8 @@ def alone_in(folder: Path, wanted: bool = True) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
         except BlockingIOError:
             raise ConfigError(f"--out {folder}: another process trains there; stop it or give another folder") from None
+        except OSError:
+            pass  # a file system without locks, as some cluster's are
         yield
 
 
