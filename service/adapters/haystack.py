@@ -7,7 +7,7 @@ is allowed: Pipeline.loads(..., allowed_modules=["service.adapters.haystack"]).
 """
 
 from dataclasses import asdict, replace
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from haystack import Document, component
 from haystack.dataclasses import ChatMessage, StreamingChunk
@@ -43,6 +43,7 @@ class ScaleDownRanker:
     api_key         read from SCALEDOWN_API_KEY unless told otherwise
     top_k           keep only the best so many
     min_relevance   leave out what is less relevant
+    hops            2: for questions that need two passages
     timeout         seconds of silence after which a request is given up
     """
 
@@ -53,12 +54,13 @@ class ScaleDownRanker:
         top_k: int | None = None,
         min_relevance: float = 0.0,
         timeout: float = Connection.timeout,
+        hops: Literal[1, 2] = 1,
     ) -> None:
         if not 0 <= min_relevance <= 1:
             raise ValueError(f"min_relevance: must be 0 to 1, not {min_relevance}")
         _check_top_k(top_k)
         self.url, self.api_key, self.timeout = url, api_key, timeout
-        self.top_k, self.min_relevance = top_k, min_relevance
+        self.top_k, self.min_relevance, self.hops = top_k, min_relevance, hops
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
@@ -68,7 +70,7 @@ class ScaleDownRanker:
         if not documents:
             return Ranked(documents=[])
         with _connection(self).client() as client:
-            return self._kept(documents, client.rerank(query, _passages(documents)), top_k)
+            return self._kept(documents, client.rerank(query, _passages(documents), hops=self.hops), top_k)
 
     @component.output_types(documents=list[Document])
     async def run_async(self, query: str, documents: list[Document], top_k: int | None = None) -> Ranked:
@@ -78,7 +80,7 @@ class ScaleDownRanker:
         if not documents:
             return Ranked(documents=[])
         async with _connection(self).async_client() as client:
-            return self._kept(documents, await client.rerank(query, _passages(documents)), top_k)
+            return self._kept(documents, await client.rerank(query, _passages(documents), hops=self.hops), top_k)
 
     def _kept(self, documents: list[Document], ranking: Ranking, top_k: int | None) -> Ranked:
         limit = self.top_k if top_k is None else top_k

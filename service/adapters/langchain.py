@@ -42,12 +42,14 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
 
     top_n           keep only the best so many
     min_relevance   leave out what is less relevant
+    hops            2: for questions that need two passages
     """
 
     model_config = ConfigDict(extra="forbid")
 
     top_n: int | None = Field(default=None, ge=1)
     min_relevance: float = Field(default=0.0, ge=0, le=1)
+    hops: Literal[1, 2] = 1
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -56,8 +58,9 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         documents = _with_text(documents)
         if not documents:
             return []
+        passages = [passage_of(document) for document in documents]
         with self.connection.client() as client:
-            return self._kept(documents, client.rerank(query, [passage_of(document) for document in documents]))
+            return self._kept(documents, client.rerank(query, passages, hops=self.hops))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -66,8 +69,9 @@ class ScaleDownRerank(Remote, BaseDocumentCompressor):
         documents = _with_text(documents)
         if not documents:
             return []
+        passages = [passage_of(document) for document in documents]
         async with self.connection.async_client() as client:
-            return self._kept(documents, await client.rerank(query, [passage_of(document) for document in documents]))
+            return self._kept(documents, await client.rerank(query, passages, hops=self.hops))
 
     def _kept(self, documents: Sequence[Document], ranking: Ranking) -> list[Document]:
         best = [each for each in ranking.results if each.relevance >= self.min_relevance][: self.top_n]

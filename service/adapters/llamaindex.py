@@ -6,7 +6,7 @@ engine = ScaleDownQueryEngine(retriever=index.as_retriever(), node_postprocessor
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
@@ -52,10 +52,12 @@ class ScaleDownRerank(Remote, BaseNodePostprocessor):
 
     top_n           keep only the best so many
     min_relevance   leave out what is less relevant
+    hops            2: for questions that need two passages
     """
 
     top_n: int | None = Field(default=None, ge=1)
     min_relevance: float = Field(default=0.0, ge=0, le=1)
+    hops: Literal[1, 2] = 1
 
     @classmethod
     def class_name(cls) -> str:
@@ -68,8 +70,9 @@ class ScaleDownRerank(Remote, BaseNodePostprocessor):
         nodes = _with_text(nodes)
         if not nodes:
             return []
+        query, passages = _query_of(query_bundle), [passage_of(node) for node in nodes]
         with self.connection.client() as client:
-            return self._kept(nodes, client.rerank(_query_of(query_bundle), [passage_of(node) for node in nodes]))
+            return self._kept(nodes, client.rerank(query, passages, hops=self.hops))
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -77,9 +80,9 @@ class ScaleDownRerank(Remote, BaseNodePostprocessor):
         nodes = _with_text(nodes)
         if not nodes:
             return []
+        query, passages = _query_of(query_bundle), [passage_of(node) for node in nodes]
         async with self.connection.async_client() as client:
-            ranking = await client.rerank(_query_of(query_bundle), [passage_of(node) for node in nodes])
-            return self._kept(nodes, ranking)
+            return self._kept(nodes, await client.rerank(query, passages, hops=self.hops))
 
     def _kept(self, nodes: Sequence[NodeWithScore], ranking: Ranking) -> list[NodeWithScore]:
         best = [each for each in ranking.results if each.relevance >= self.min_relevance][: self.top_n]

@@ -1,7 +1,7 @@
 """Haystack's interfaces over a live service: components alone and in a pipeline."""
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -24,8 +24,8 @@ DOCUMENTS = [
 PASSAGES = [{"id": doc.id, "text": doc.content, "title": doc.meta.get("title", "")} for doc in DOCUMENTS]
 
 
-def ranking(client: httpx.Client) -> list[tuple[str, float]]:
-    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES})
+def ranking(client: httpx.Client, hops: int = 1) -> list[tuple[str, float]]:
+    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES, "hops": hops})
     return [(each["id"], each["relevance"]) for each in response.json()["results"]]
 
 
@@ -37,9 +37,10 @@ def generator(client: httpx.Client, **values: Any) -> ScaleDownGenerator:
     return ScaleDownGenerator(**{"url": str(client.base_url), "options": {"max_new_tokens": 8}, **values})
 
 
-def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None:
-    expected = ranking(client)
-    ranker = ScaleDownRanker(url=str(client.base_url))
+@pytest.mark.parametrize("hops", [1, 2])
+def test_documents_come_back_in_order_of_relevance(client: httpx.Client, hops: Literal[1, 2]) -> None:
+    expected = ranking(client, hops)
+    ranker = ScaleDownRanker(url=str(client.base_url), hops=hops)
     assert pairs(ranker.run(QUERY, DOCUMENTS)["documents"]) == expected
     assert pairs(asyncio.run(ranker.run_async(QUERY, DOCUMENTS))["documents"]) == expected
     assert pairs(ranker.run(QUERY, DOCUMENTS, top_k=2)["documents"]) == expected[:2]
@@ -48,7 +49,7 @@ def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None
     assert pairs(ranker.run(QUERY, [picture, *DOCUMENTS])["documents"]) == expected
     assert ranker.run(QUERY, [picture])["documents"] == []
     between = (expected[0][1] + expected[1][1]) / 2
-    choosy = ScaleDownRanker(url=str(client.base_url), min_relevance=between)
+    choosy = ScaleDownRanker(url=str(client.base_url), min_relevance=between, hops=hops)
     assert pairs(choosy.run(QUERY, DOCUMENTS)["documents"]) == expected[:1]
 
 

@@ -1,7 +1,7 @@
 """LangChain's interfaces over a live service: what its chains would see."""
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -34,14 +34,15 @@ def chat(client: httpx.Client, **values: Any) -> ChatScaleDown:
     return ChatScaleDown(**{"url": str(client.base_url), "options": OPTIONS, **values})
 
 
-def ranking(client: httpx.Client) -> list[tuple[int, float]]:
-    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES})
+def ranking(client: httpx.Client, hops: int = 1) -> list[tuple[int, float]]:
+    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES, "hops": hops})
     return [(each["index"], each["relevance"]) for each in response.json()["results"]]
 
 
-def test_documents_come_back_in_order_of_relevance(client: httpx.Client) -> None:
-    expected = ranking(client)
-    rerank = ScaleDownRerank(url=str(client.base_url))
+@pytest.mark.parametrize("hops", [1, 2])
+def test_documents_come_back_in_order_of_relevance(client: httpx.Client, hops: Literal[1, 2]) -> None:
+    expected = ranking(client, hops)
+    rerank = ScaleDownRerank(url=str(client.base_url), hops=hops)
     got = rerank.compress_documents(DOCUMENTS, QUERY)
     assert [document.page_content for document in got] == [DOCUMENTS[index].page_content for index, _ in expected]
     assert [document.metadata["relevance_score"] for document in got] == [relevance for _, relevance in expected]

@@ -1,7 +1,7 @@
 """LlamaIndex's interfaces over a live service: what its engines would see."""
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -22,8 +22,8 @@ PASSAGES = [{"id": node.node_id, "text": node.text, "title": node.metadata.get("
 FOUND = [NodeWithScore(node=node, score=0.1) for node in NODES]
 
 
-def ranking(client: httpx.Client) -> list[tuple[str, float]]:
-    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES})
+def ranking(client: httpx.Client, hops: int = 1) -> list[tuple[str, float]]:
+    response = client.post("/rerank", json={"query": QUERY, "passages": PASSAGES, "hops": hops})
     return [(each["id"], each["relevance"]) for each in response.json()["results"]]
 
 
@@ -38,9 +38,10 @@ def pairs(nodes: list[NodeWithScore]) -> list[tuple[str, float | None]]:
     return [(found.node.node_id, found.score) for found in nodes]
 
 
-def test_nodes_come_back_in_order_of_relevance(client: httpx.Client) -> None:
-    expected = ranking(client)
-    rerank = ScaleDownRerank(url=str(client.base_url))
+@pytest.mark.parametrize("hops", [1, 2])
+def test_nodes_come_back_in_order_of_relevance(client: httpx.Client, hops: Literal[1, 2]) -> None:
+    expected = ranking(client, hops)
+    rerank = ScaleDownRerank(url=str(client.base_url), hops=hops)
     assert pairs(rerank.postprocess_nodes(FOUND, query_str=QUERY)) == expected
     assert pairs(asyncio.run(rerank.apostprocess_nodes(FOUND, query_str=QUERY))) == expected
     assert [found.score for found in FOUND] == [0.1] * 3, "the caller's own nodes stay as they are"
