@@ -8,7 +8,8 @@ import struct
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["compressed", "hybrid", "text", "auto"]
+# In the order of `core.policy.RequestMode`: typing takes both for one type, and the first made is what messages show.
+Mode = Literal["compressed", "text", "hybrid", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class AnsweredPassage:
     index: int
     id: str | None
     relevance: float | None
-    mode: Literal["compressed", "text", "hybrid", "dropped"]
+    mode: Literal["text", "compressed", "hybrid", "dropped"]
     evidence: Evidence | None = None
     reason: str = ""
     tokens: int = 0
