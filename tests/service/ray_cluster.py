@@ -11,6 +11,7 @@ from core.answer import answer as lone_answer
 from core.checkpoint import load_checkpoint
 from core.config import Mode
 from core.passages import Passage
+from core.policy import Policy
 from core.sampling import GenerationOptions
 from tests.service.calls import PASSAGES
 from tests.waiting import wait_for
@@ -28,15 +29,15 @@ class Lone:
 
     def __init__(self, root: Path) -> None:
         self.models = {model.name: model for model in (load_checkpoint(root / name) for name in ("first", "second"))}
-        self._known: dict[tuple[str, str, Mode], str] = {}
+        self._known: dict[tuple[str, str, Mode, int], str] = {}
 
-    def answer(self, version: str, query: str, mode: Mode) -> str:
+    def answer(self, version: str, query: str, mode: Mode, hops: int = 1) -> str:
         """The text."""
-        key = (version, query, mode)
+        key = (version, query, mode, hops)
         if key not in self._known:
             passages = [Passage(each) if isinstance(each, str) else Passage(**each) for each in PASSAGES]
-            options = GenerationOptions(max_new_tokens=NEW_TOKENS)
-            self._known[key] = lone_answer(self.models[version], query, passages, mode, options=options).text
+            policy, options = Policy(mode, hops=hops), GenerationOptions(max_new_tokens=NEW_TOKENS)
+            self._known[key] = lone_answer(self.models[version], query, passages, policy, options=options).text
         return self._known[key]
 
 

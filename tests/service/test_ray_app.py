@@ -101,6 +101,11 @@ def test_answers_are_those_of_one_process(client: httpx.Client, lone: Lone, fold
     assert "".join(content["text"] for name, content in streamed if name == "token") == whole
     assert streamed[-1][1]["answer"] == whole
     assert streamed[-1][1]["timings_ms"]["first_token"] > 0
+    twice = client.post("/answer", json={**body, "stream": False, "hops": 2}).json()
+    assert twice["answer"] == lone.answer(version_of(folder / "first"), QUERIES[0], "compressed", 2)
+    assert [each["relevance"] for each in twice["passages"]] != [
+        each["relevance"] for each in streamed[-1][1]["passages"]
+    ]
 
 
 def test_other_routes_and_dialects_are_there(client: httpx.Client) -> None:
