@@ -32,6 +32,7 @@ from core.errors import CheckpointError
 from core.generator import Generator, adapter_shapes, load_generator, merge_lora
 from core.golden import read_golden, write_golden
 from core.golden_check import record_golden, verify_golden
+from core.links import followed
 from core.manifest import (
     ALLOWED,
     DTYPES,
@@ -120,8 +121,7 @@ def load_checkpoint(
     Raises CheckpointError that says which file, key or tensor is missing, unknown, altered, unsafe or does not fit,
     and BaseModelError where there is no base model of that name.
     """
-    # The folder itself may be a link, such as `current`; nothing in it may. Of a circle of links `resolve` would raise.
-    folder = Path(os.path.realpath(folder))
+    folder = followed(folder)  # the folder itself may be a link, such as `current`; nothing in it may
     manifest, digest = read_manifest(folder)
     config = parse_json(Config, read_bounded(folder / "config.json"), "config.json")
     recorded = manifest.generator

@@ -9,25 +9,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
 from core.compressed import CompressedChunk
+from core.model import Model
 from core.rows import ChunkRow
 from core.tokenization import encode
 
 
-def second_hop(
-    rows: Sequence[ChunkRow],
-    chunks: Sequence[CompressedChunk],
-    tokenizer: PreTrainedTokenizerBase,
-    query_tokens: int,
-) -> dict[int, ChunkRow]:
+def second_hop(model: Model, rows: Sequence[ChunkRow], chunks: Sequence[CompressedChunk]) -> dict[int, ChunkRow]:
     """One request's rows to read again, by their places in `rows`: those of all passages but the most relevant one.
 
-    Their query is the first one and as much of that passage as `query_tokens` hold, its best chunk first.
+    Their query is the first one and as much of that passage as the budget for queries holds, its best chunk first.
 
     rows, chunks    all rows that were read, and what became of each
-    tokenizer       the compressor's
 
     Empty where no other passage was read, or the query leaves no room.
     """
@@ -36,9 +29,10 @@ def second_hop(
     lead = rows[_best(chunks)].chunk.passage
     own = [(chunk.score, row.chunk) for row, chunk in zip(rows, chunks, strict=True) if row.chunk.passage == lead]
     own.sort(key=lambda pair: -pair[0])
-    joint = encode(tokenizer, "\n").ids  # no token to a WordPiece tokenizer
+    joint = encode(model.compressor.tokenizer, "\n").ids  # no token to a WordPiece tokenizer
     query = rows[0].query_ids
-    more = [*joint, *(token for _, chunk in own for token in chunk.compressor_ids)][: query_tokens - len(query)]
+    room = model.config.compressor.query_tokens - len(query)
+    more = [*joint, *(token for _, chunk in own for token in chunk.compressor_ids)][:room]
     if len(more) <= len(joint):
         return {}
     longer = [*query, *more]

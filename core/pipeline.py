@@ -157,7 +157,7 @@ def compress(
     ]
     compressed = _compress_groups(model, wanted, max_batch_tokens)
     if hops > 1:
-        again = [next_rows(model, rows, chunks) for rows, chunks in zip(wanted, compressed, strict=True)]
+        again = [second_hop(model, rows, chunks) for rows, chunks in zip(wanted, compressed, strict=True)]
         seconds = _compress_groups(model, [list(rows.values()) for rows in again], max_batch_tokens)
         compressed = [
             _merge(first, dict(zip(rows, second, strict=True)))
@@ -174,11 +174,6 @@ def compress(
 
 def _merge(first: list[CompressedChunk], read_again: Mapping[int, CompressedChunk]) -> list[CompressedChunk]:
     return merge_hops(first, [read_again.get(i, chunk) for i, chunk in enumerate(first)]) if read_again else first
-
-
-def next_rows(model: Model, rows: Sequence[ChunkRow], chunks: Sequence[CompressedChunk]) -> dict[int, ChunkRow]:
-    """One request's rows of a second hop, by their places in `rows`; see `core.hops.second_hop`."""
-    return second_hop(rows, chunks, model.compressor.tokenizer, model.config.compressor.query_tokens)
 
 
 def _compress_groups(

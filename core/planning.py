@@ -71,7 +71,7 @@ def _sizes(
         text[row.chunk.passage] += len(row.chunk.generator_ids)
         memory[row.chunk.passage] += row.memory_tokens if known is None else len(known.memory)
         length = model.compressor.row_format.length(row)
-        read[row.chunk.passage] += 0 if known is not None else length if hops == 1 else 2 * length + joined
+        read[row.chunk.passage] += length + (hops - 1) * (length + joined) if known is None else 0
     return [Size(*each) for each in zip((tokens or None for tokens in text), memory, read, strict=True)]
 
 

@@ -8,7 +8,6 @@ the manifest's sha256>`, so a folder that was replaced is another version. Knows
 import asyncio
 import contextlib
 import logging
-import os
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from core.errors import CheckpointError
+from core.links import followed
 from service.file_thread import LOOK_SECONDS, FileThread
 from service.settings import SHIPPED, Settings
 
@@ -265,11 +265,6 @@ class Checkpoints:
             if folder.is_relative_to(root):
                 return folder
         raise CheckpointError(f"name: must be a folder of the checkpoint root, got {name[:128]!r}")
-
-
-def followed(path: Path) -> Path:
-    """Where the links of `path` lead. Of a circle something in it, where `resolve` raises: loading then refuses it."""
-    return Path(os.path.realpath(path))
 
 
 def checkpoint_root(settings: Settings) -> Path:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from core.compressed import CompressedChunk
 from core.errors import ScaledownError
-from core.hops import merge_hops
+from core.hops import merge_hops, second_hop
 from core.model import Model
-from core.pipeline import build_prompt, compress_rows, gather, next_rows
+from core.pipeline import build_prompt, compress_rows, gather
 from core.planning import choose_modes
 from core.rows import ChunkRow, plan_batches
 from service.batching import FairQueue, Picked
@@ -147,7 +147,7 @@ class Lane:
             for place, chunk in zip(job.places, merge_hops(job.first, chunks), strict=True):
                 job.results[place] = chunk
             return False
-        rows = next_rows(self.model, job.rows, chunks)
+        rows = second_hop(self.model, job.rows, chunks)
         if rows:
             job.first = chunks
             self._read(job, [(job.places[i], row) for i, row in rows.items()])

@@ -15,13 +15,13 @@ from core.compute_dtype import best_dtype
 from core.config import Config, GeneratorConfig
 from core.costs import measure_token_costs
 from core.errors import ConfigError
+from core.links import followed
 from core.model import Model, build_model
 from core.packed_linear import pack_model
 from core.passages import Passage
 from core.policy import TokenCosts
 from core.quantization import quantise
 from core.sampling import GenerationOptions
-from service.checkpoints import followed
 from service.settings import SHIPPED, Settings
 from service.weights import keep_compressor
 

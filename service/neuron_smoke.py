@@ -36,9 +36,9 @@ from core.accelerators.record import FOLDER, read_record
 from core.accelerators.vectors import verify_vectors
 from core.checkpoint import load_checkpoint
 from core.errors import ConfigError, ScaledownError
+from core.links import followed
 from core.manifest import DTYPES
 from core.model import Model
-from service.checkpoints import followed
 
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # an EC2 instance's type
 PACKAGES = ("torch", "torch-neuronx", "neuronx-cc", "libneuronxla", "transformers", "scaledown")

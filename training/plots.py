@@ -11,6 +11,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from training.results import Setting
+
 Entry = Mapping[str, Any]
 SIZE = (7.0, 3.8)  # inches
 COLOURS = {"text": "#444444", "hybrid": "#d17a00", "compressed": "#0063b1", "auto": "#2b8a3e"}
@@ -139,10 +141,9 @@ def plot_stages(settings: Sequence[Entry], key: str, unit: str, scale: float) ->
 
 
 def setting_label(entry: Entry) -> str:
-    """Mode and rate, or budget, of a summary's setting."""
-    if entry.get("budget") is not None:
-        return f"{entry['mode']} within {entry['budget']}"
-    return str(entry["mode"]) if entry["rate"] is None else f"{entry['mode']} x{entry['rate']}"
+    """Mode, rate or budget, and hops of a summary's setting."""
+    given = {key: entry[key] for key in ("mode", "rate", "passages", "budget", "hops") if key in entry}
+    return Setting(**given).label
 
 
 def _intervals(

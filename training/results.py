@@ -42,8 +42,10 @@ class Setting:
     def label(self) -> str:
         """The name without the number of passages."""
         if self.budget is not None:
-            return f"{self.mode} within {self.budget}{_hops(self.hops)}"
-        return self.mode if self.rate is None else f"{self.mode} x{self.rate}{_hops(self.hops)}"
+            label = f"{self.mode} within {self.budget}"
+        else:
+            label = self.mode if self.rate is None else f"{self.mode} x{self.rate}"
+        return label + _hops(self.hops)
 
 
 def compressor_name(rate: int, hops: int = 1) -> str:

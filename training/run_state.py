@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,13 @@ def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], text
 
 
 @contextmanager
-def alone_in(folder: Path, wanted: bool = True) -> Iterator[None]:
-    """Inside, where it is `wanted`, no other process of this machine trains in the run's `folder`, which exists.
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process of this machine trains in the run's `folder`, which exists.
 
     Raises ConfigError where one does already: two that write one `last/` would leave a mixture of both.
     """
-    if not wanted:
-        yield
-        return
-    with ExitStack() as stack:
-        handle = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, handle)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, however it does
         except BlockingIOError:
@@ -160,6 +156,8 @@ def alone_in(folder: Path, wanted: bool = True) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks, as some cluster's are
         yield
+    finally:
+        os.close(handle)
 
 
 def recover_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -135,7 +136,7 @@ def train(config: TrainConfig, task: Task, folder: Path, runtime: Runtime) -> Pr
     runtime.wait()
     failed = 0  # steps in a row whose gradient was not finite
     with (
-        alone_in(folder, main),
+        alone_in(folder) if main else nullcontext(),
         Stop(main) as stop,
         MetricsLog(folder, main, progress.step) as log,
         tqdm(total=steps, initial=progress.step, unit="step", disable=not main) as bar,

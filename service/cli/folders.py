@@ -13,8 +13,8 @@ from rich.table import Table
 from core.checkpoint import load_checkpoint
 from core.config import Config
 from core.errors import CheckpointError
+from core.links import followed
 from core.manifest import MANIFEST, Manifest, parse_json, read_bounded, read_manifest
-from service.checkpoints import followed
 from service.versions import version_of
 
 Shown = tuple[Any, Any]

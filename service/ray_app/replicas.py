@@ -12,12 +12,13 @@ from ray import serve
 
 from core.compressed import CompressedChunk
 from core.errors import CheckpointError, EngineError
+from core.links import followed
 from core.model import Model
 from core.passages import Passage
 from core.pipeline import PreparedRequest
 from core.prompts import Prompt
 from core.rows import ChunkRow
-from service.checkpoints import checkpoint_root, followed
+from service.checkpoints import checkpoint_root
 from service.engine import Engine, Version
 from service.health import worker_trouble
 from service.jobs import AnswerPlan, Delta, Failed, Finished, Job, JobEvent

@@ -7,9 +7,10 @@ import torch
 
 from core.answer import answer
 from core.checkpoint import load_checkpoint
+from core.hops import second_hop
 from core.model import Model
 from core.passages import Passage
-from core.pipeline import compress, next_rows, prepare, rerank, rows_of
+from core.pipeline import compress, prepare, rerank, rows_of
 from core.planning import plan_request
 from core.policy import Policy, TokenCosts
 from core.rows import ChunkRow
@@ -43,7 +44,7 @@ def both(
     rows, compressed = rows_of(model, request), compress(model, [request])[0]
     chunks = [chunk for passage in compressed for chunk in passage.chunks]
     best = max(range(len(rows)), key=lambda i: chunks[i].score)
-    return rows, next_rows(model, rows, chunks), rows[best]
+    return rows, second_hop(model, rows, chunks), rows[best]
 
 
 def test_the_most_relevant_passage_joins_the_query_for_the_others(model: Model) -> None:

@@ -9,18 +9,12 @@ import pytest
 from core.answer import answer as pipeline_answer
 from core.compressed import CompressedPassage
 from core.model import Model
-from core.passages import Passage
 from core.pipeline import compress, prepare, rerank
 from core.policy import Policy, RequestMode
 from core.sampling import GenerationOptions
 from tests.service.calls import PASSAGES, QUERY, answer, error
 from tests.service.conftest import Serve
-
-CORE_PASSAGES = [
-    Passage(PASSAGES[0]),
-    Passage(PASSAGES[1]["text"], PASSAGES[1]["title"], PASSAGES[1]["id"]),
-    Passage(PASSAGES[2]["text"]),
-]
+from tests.service.test_answer import CORE_PASSAGES
 
 
 def relevances(got: dict[str, Any]) -> list[float]:
