@@ -1,5 +1,6 @@
 """The second hop: what is read again and for what, what counts of both readings, and what it is good for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_what_is_not_to_be_read_stays_unread(model: Model) -> None:
 
 
 def test_auto_counts_what_is_read_twice(tiny_llama: Path) -> None:
-    """Where compressing costs a third of what it saves, it pays once, and twice it does not."""
+    """Where compressing costs half of what it saves, it pays once, and twice it does not."""
     model = tiny_model(tiny_llama)
     request = prepare(model, QUERY, (LONG, LONG))
     free = plan_request(model, request, Policy("auto"))
@@ -114,7 +115,7 @@ def test_auto_counts_what_is_read_twice(tiny_llama: Path) -> None:
     row = rows_of(model, request)[0]
     saved = len(row.chunk.generator_ids) - row.memory_tokens
     priced = TokenCosts(compressor_s=saved / (2 * model.compressor.row_format.length(row)), prefill_s=1.0)
-    model = type(model)(**{**vars(model), "costs": priced})
+    model = replace(model, costs=priced)
     assert plan_request(model, request, Policy("auto")).read == {0, 1}
     assert plan_request(model, request, Policy("auto", hops=2)).read == set()
 
